@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+# How every library layer, program and test of Roost is compiled.
+
+add_library(roost_options INTERFACE)
+target_compile_options(roost_options INTERFACE
+  -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Wimplicit-fallthrough
+  $<$<BOOL:${ROOST_WERROR}>:-Werror>)
+if(ROOST_SANITIZE)
+  target_compile_options(roost_options INTERFACE
+    -fsanitize=${ROOST_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+  target_link_options(roost_options INTERFACE -fsanitize=${ROOST_SANITIZE})
+endif()
+
+# roost_add_layer(NAME SOURCES file... [DEPENDS target...] [PRIVATE_DEPENDS target...])
+# makes the library roost_NAME (alias roost::NAME) from a folder under src/.
+function(roost_add_layer name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPENDS;PRIVATE_DEPENDS" ${ARGN})
+  add_library(roost_${name} STATIC ${ARG_SOURCES})
+  add_library(roost::${name} ALIAS roost_${name})
+  set_target_properties(roost_${name} PROPERTIES EXPORT_NAME ${name})
+  target_include_directories(roost_${name}
+    PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
+           $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>
+    PRIVATE ${PROJECT_SOURCE_DIR}/src)
+  target_compile_features(roost_${name} PUBLIC cxx_std_23)
+  target_link_libraries(roost_${name}
+    PUBLIC ${ARG_DEPENDS}
+    PRIVATE $<BUILD_INTERFACE:roost_options> ${ARG_PRIVATE_DEPENDS})
+  set_property(GLOBAL APPEND PROPERTY ROOST_LAYERS roost_${name})
+endfunction()
+
+# roost_add_test(NAME SOURCES file... DEPENDS target... [LABELS label...] [TIMEOUT seconds])
+# makes one GoogleTest program, and one ctest test of each TEST in it.
+function(roost_add_test name)
+  if(NOT ROOST_BUILD_TESTS)
+    return()
+  endif()
+  cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;DEPENDS;LABELS" ${ARGN})
+  if(NOT ARG_LABELS)
+    set(ARG_LABELS unit)
+  endif()
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 120)
+  endif()
+  add_executable(${name} ${ARG_SOURCES})
+  target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/src)
+  target_link_libraries(${name} PRIVATE roost_options ${ARG_DEPENDS} GTest::gtest GTest::gtest_main)
+  gtest_discover_tests(${name} TEST_PREFIX "${name}." DISCOVERY_TIMEOUT 60
+    PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+endfunction()

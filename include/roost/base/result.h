@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: MIT
+// Operating errors as values: an errno code and the words that say what was being done to which
+// object, such as "pread disk.img at 4096+512: Input/output error".
+//
+// Threads: values, no shared state.
+#pragma once
+
+#include <expected>
+#include <string>
+#include <utility>
+
+namespace roost {
+
+class Error {
+ public:
+  /// `code` is a positive errno value; `doing` names the object and the attempt.
+  Error(int code, std::string doing) : code_(code), doing_(std::move(doing)) {}
+
+  int code() const noexcept { return code_; }
+  const std::string& doing() const noexcept { return doing_; }
+
+  /// "<doing>: <strerror(code)>".
+  std::string message() const;
+
+ private:
+  int code_;
+  std::string doing_;
+};
+
+template <class T>
+using Result = std::expected<T, Error>;
+
+/// For `return fail(ENOSPC, "...")` in a function that returns a Result.
+inline std::unexpected<Error> fail(int code, std::string doing) {
+  return std::unexpected<Error>(Error(code, std::move(doing)));
+}
+
+}  // namespace roost
