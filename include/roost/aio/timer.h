@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT
+// Timers of a context, on the context's clock.
+//
+// Threads: home thread only (AioContext::run() helps others).
+// Lifetime: a Timer may be destroyed at any time, armed or within its own callback. The context
+// outlives it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "roost/coro/coroutine.h"
+
+namespace roost {
+
+class AioContext;
+
+class Timer {
+ public:
+  /// `callback` runs on the home thread, outside of any coroutine, and must not throw.
+  Timer(AioContext& context, std::function<void()> callback);
+  ~Timer();
+  Timer(const Timer&) = delete;
+  Timer& operator=(const Timer&) = delete;
+
+  /// Calls the callback once, at or after `deadline_ns` of the context's clock. Arming again
+  /// replaces the deadline.
+  void arm_at(std::int64_t deadline_ns);
+  void arm_after(std::int64_t delay_ns);
+  void cancel() noexcept;
+  bool armed() const noexcept { return position_ != kNotArmed; }
+
+ private:
+  friend class TimerQueue;
+  static constexpr std::size_t kNotArmed = ~std::size_t{0};
+
+  AioContext& context_;
+  std::shared_ptr<std::function<void()>> callback_;  // shared: the timer may go while it runs
+  std::int64_t deadline_ns_ = 0;
+  std::uint64_t order_ = 0;               // equal deadlines fire in the order of arming
+  std::size_t position_ = kNotArmed;      // in the queue's heap
+};
+
+/// The armed timers of a context: a binary heap whose timers know their positions.
+class TimerQueue {
+ public:
+  void arm(Timer& timer, std::int64_t deadline_ns);
+  void cancel(Timer& timer) noexcept;
+
+  bool empty() const noexcept { return heap_.empty(); }
+
+  /// REQUIRES: not empty.
+  std::int64_t next_deadline_ns() const noexcept { return heap_.front()->deadline_ns_; }
+
+  /// Fires what is due at `now_ns`, each timer at most once; true if something fired.
+  bool run_due(std::int64_t now_ns);
+
+ private:
+  static bool before(const Timer& a, const Timer& b) noexcept;
+  void place(Timer& timer, std::size_t position) noexcept;
+  void sift_up(std::size_t position) noexcept;
+  void sift_down(std::size_t position) noexcept;
+
+  std::vector<Timer*> heap_;
+  std::uint64_t next_order_ = 0;
+};
+
+/// Suspends the current coroutine for `delay_ns` of its context's clock.
+class SleepFor {
+ public:
+  explicit SleepFor(std::int64_t delay_ns) noexcept : delay_ns_(delay_ns) {}
+  bool await_ready() const noexcept { return delay_ns_ <= 0; }
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> frame) {
+    start(*frame.promise().co);
+    suspension_.await_suspend(frame);
+  }
+  void await_resume() noexcept { timer_.reset(); }
+
+ private:
+  void start(Coroutine& co);
+
+  std::int64_t delay_ns_;
+  std::unique_ptr<Timer> timer_;
+  SuspendAwaiter<PublishNothing> suspension_ = suspend_waiting("a timer", PublishNothing{});
+};
+
+}  // namespace roost

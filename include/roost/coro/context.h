@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: MIT
+// An event loop as coroutines see it: a place with a name that takes queue entries.
+//
+// Threads: post() from any thread. index() and name() are constant.
+// Lifetime: a context outlives every coroutine whose home it is.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace roost {
+
+struct QueueEntry;
+struct Driver;
+
+class CoContext {
+ public:
+  CoContext(const CoContext&) = delete;
+  CoContext& operator=(const CoContext&) = delete;
+
+  /// Queues `entry` for one of the next iterations; entries of one thread keep their order.
+  /// False: the context is closed, and the entry still belongs to the caller.
+  [[nodiscard]] virtual bool post(QueueEntry& entry) noexcept = 0;
+
+  std::uint32_t index() const noexcept { return index_; }
+  const std::string& name() const noexcept { return name_; }
+
+ protected:
+  CoContext(std::uint32_t index, std::string name) : index_(index), name_(std::move(name)) {}
+  ~CoContext() = default;
+
+ private:
+  std::uint32_t index_;  // below CoStateValue::kMaxContexts, unique among the living
+  std::string name_;
+};
+
+/// What the runtime knows about the calling thread.
+struct ThreadState {
+  CoContext* context = nullptr;  // the context being polled, or scoped, by this thread
+  Driver* driver = nullptr;      // the innermost driver loop on this thread's stack
+};
+
+/// Never inlined: a coroutine's body may go on on another thread, and must not keep the address of
+/// a thread-local variable across a suspension.
+[[gnu::noinline]] ThreadState& this_thread() noexcept;
+
+}  // namespace roost

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: MIT
+// Coroutine: one thread of control with a home.
+//
+// A Coroutine runs a root Task and every child task awaited below it. It runs on the context of
+// whoever enters it; the context it ran on last is its home, and co_wake() brings it back there
+// from wherever it is called.
+//
+// Threads: enter() and yield() on the thread of the current context; co_schedule(), co_wake() and
+// CoroutineRef from any thread, with or without a context, but neither from a signal handler nor
+// while a thread lock is held (co_wake may enter).
+// Lifetime: create() makes it; it destroys itself when its root task ends. Whoever holds the
+// pointer of a suspended coroutine owns its next wake-up. The control block (not the frame) stays
+// until every queue entry and CoroutineRef is gone.
+//
+// A driver loop on the stack of enter() resumes one frame after the other, so neither awaiting nor
+// being woken makes the stack grow. docs/ARCHITECTURE.md tells the life of a wake-up.
+#pragma once
+
+#include <coroutine>
+#include <cstddef>
+#include <memory>
+#include <source_location>
+#include <type_traits>
+#include <utility>
+
+#include "roost/coro/context.h"
+#include "roost/coro/frame_allocator.h"
+#include "roost/coro/queue_entry.h"
+#include "roost/coro/state_word.h"
+
+namespace roost {
+
+template <class T>
+class Task;
+
+class Coroutine final : public FrameAllocated {
+ public:
+  using Place = std::source_location;
+
+  /// A coroutine that will run `task` once it is entered or scheduled. Its home, until it runs, is
+  /// the current context, if any. `name` must outlive it (a literal).
+  static Coroutine* create(Task<void> task, const char* name = "coroutine");
+
+  /// Ends a coroutine that is idle (created or yielded) without running it on: its frames and what
+  /// lives in them are destroyed.
+  static void destroy(Coroutine* co, Place place = Place::current());
+
+  Coroutine(const Coroutine&) = delete;
+  Coroutine& operator=(const Coroutine&) = delete;
+
+  /// Runs the coroutine on the current context until it suspends or ends, and after it those it
+  /// woke. A pending co_schedule of it is cancelled.
+  /// REQUIRES: a current context; the coroutine is idle or scheduled by somebody who knows.
+  void enter(Place place = Place::current());
+
+  /// The coroutine whose body is executing on this thread; null outside of any, and within the
+  /// publish step of a suspension.
+  static Coroutine* self() noexcept;
+
+  /// The context on which it ran last; null if it never ran and was made outside of any.
+  /// Stable only while the caller holds the coroutine suspended, or is the coroutine.
+  CoContext* home() const noexcept { return home_.load(std::memory_order_acquire); }
+
+  const char* name() const noexcept { return name_; }
+
+  /// A snapshot for messages and tests.
+  CoState state() const noexcept { return state_.peek().state(); }
+
+ private:
+  friend struct Driver;
+  friend class CoroutineRef;
+  friend struct PromiseBase;
+  template <class T>
+  friend class Task;
+  template <class F>
+  friend class SuspendAwaiter;
+  friend void co_schedule(CoContext&, Coroutine&, Place);
+  friend void co_wake(Coroutine&, Place);
+  friend void wake_waiter(Coroutine&, Place);
+  friend bool run_entry(CoContext&, CoroutineEntry&) noexcept;
+  friend bool drop_entry(CoroutineEntry&) noexcept;
+
+  // Finishes a suspension from the driver: copies the publish step off the frame, settles the
+  // state, and only then runs the step.
+  using Publish = void (*)(Coroutine&, const void* closure) noexcept;
+
+  explicit Coroutine(std::coroutine_handle<> root, CoContext* home) noexcept;
+  ~Coroutine() = default;
+
+  void settle(bool waiting) noexcept { state_.suspend(waiting); }
+  void post_schedule(CoContext& context, const StateWord<RealPlatform>::Schedule& schedule,
+                     Place place) noexcept;
+  static void wake(Coroutine& co, bool owner, Place place);
+  [[noreturn, gnu::cold]] void misuse(const char* what, Place place, CoStateValue seen) const;
+
+  // Anybody, by the state word's rules.
+  StateWord<RealPlatform> state_;
+  std::atomic<CoContext*> home_;      // written by the driver while running; read by wakers
+  std::atomic<Place> placed_at_;      // who scheduled, woke or entered it last; for messages only
+  CoroutineEntry entry_;              // the producer that got `embedded`, then its queue
+
+  // The driver while running; otherwise whoever claims the coroutine next.
+  std::coroutine_handle<> next_;      // what to resume next; null: suspended or ended
+  Publish publish_ = nullptr;         // set by a suspension, with its closure
+  const void* closure_ = nullptr;
+  const char* waits_for_ = nullptr;   // the name of the wait while waiting
+  std::coroutine_handle<> root_;
+  Coroutine* link_ = nullptr;         // the driver's wake list while listed
+  const char* name_;
+};
+
+/// Enters `co` from `context`'s loop. Moves a suspended coroutine to another home.
+/// Aborts, with both places, if it is running, scheduled already or in the wait of a primitive, and
+/// if the context is closed.
+void co_schedule(CoContext& context, Coroutine& co,
+                 Coroutine::Place place = Coroutine::Place::current());
+
+/// Enters `co` at home: through the queue of its home from another context; once the current
+/// coroutine suspends, when called under a driver loop of the same context; at once otherwise.
+/// Aborts like co_schedule.
+void co_wake(Coroutine& co, Coroutine::Place place = Coroutine::Place::current());
+
+/// co_wake for the primitive that suspended `co` with suspend_waiting().
+void wake_waiter(Coroutine& co, Coroutine::Place place = Coroutine::Place::current());
+
+/// A reference that keeps a coroutine's control block, so that it can be asked and entered although
+/// it may run or end elsewhere at the same time.
+/// Threads: each reference belongs to one thread at a time; make it while the coroutine is known to
+/// be suspended or is oneself, or by copying another.
+class CoroutineRef {
+ public:
+  CoroutineRef() noexcept = default;
+  explicit CoroutineRef(Coroutine& co);
+  CoroutineRef(const CoroutineRef& other);
+  CoroutineRef(CoroutineRef&& other) noexcept : co_(std::exchange(other.co_, nullptr)) {}
+  CoroutineRef& operator=(CoroutineRef other) noexcept {
+    std::swap(co_, other.co_);
+    return *this;
+  }
+  ~CoroutineRef();
+
+  /// As enter(), but reports that it lost (the coroutine is running, ended, about to be woken or in
+  /// a primitive's wait) instead of aborting.
+  [[nodiscard]] bool try_enter(Coroutine::Place place = Coroutine::Place::current());
+
+  bool ended() const noexcept;
+  Coroutine* get() const noexcept { return co_; }
+
+ private:
+  Coroutine* co_ = nullptr;
+};
+
+/// The turn of a coroutine's entry has come at `context`, which is current: runs the coroutine if
+/// the entry is live, drops it otherwise. Returns whether it ran. For contexts.
+bool run_entry(CoContext& context, CoroutineEntry& entry) noexcept;
+
+/// Drops an entry that will get no turn, because its context is closing. True if it was live: its
+/// coroutine is lost. For contexts.
+bool drop_entry(CoroutineEntry& entry) noexcept;
+
+/// Base of every promise in a coroutine's await chain.
+struct PromiseBase {
+  Coroutine* co = nullptr;                // set when the task starts
+  std::coroutine_handle<> continuation;   // the awaiting parent; null in a root task
+
+  static void* operator new(std::size_t size) { return allocate_frame(size); }
+  static void operator delete(void* frame, std::size_t size) noexcept { free_frame(frame, size); }
+
+  /// Tells the driver what to resume next.
+  static void set_next(Coroutine& co, std::coroutine_handle<> next) noexcept { co.next_ = next; }
+};
+
+template <class F>
+class [[nodiscard]] SuspendAwaiter {
+  static_assert(std::is_trivially_copyable_v<F> && std::is_trivially_destructible_v<F>,
+                "a publish step captures pointers and numbers only: the driver copies it, and GCC "
+                "12 destroys temporaries of a co_await expression twice");
+  static_assert(std::is_nothrow_invocable_v<F&, Coroutine&>,
+                "a publish step is noexcept: there is nobody left to catch");
+
+ public:
+  SuspendAwaiter(const char* waits_for, F publish) noexcept
+      : waits_for_(waits_for), publish_(publish) {}
+
+  bool await_ready() const noexcept { return false; }
+
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
+    static_assert(std::is_base_of_v<PromiseBase, Promise>, "await this inside a roost::Task");
+    Coroutine& co = *frame.promise().co;
+    co.next_ = frame;
+    co.closure_ = &publish_;
+    co.waits_for_ = waits_for_;
+    co.publish_ = waits_for_ ? &finish<true> : &finish<false>;
+  }
+
+  void await_resume() const noexcept {}
+
+ private:
+  template <bool kWaiting>
+  static void finish(Coroutine& co, const void* closure) noexcept {
+    F publish = *static_cast<const F*>(closure);
+    co.settle(kWaiting);
+    // From here on another thread may be running, or have ended, the coroutine.
+    publish(co);
+  }
+
+  const char* waits_for_;
+  F publish_;
+};
+
+/// Suspends the current coroutine; then, from the driver loop, calls `publish(coroutine)`, which
+/// may show it to other threads. Whoever gets to hold it may enter, schedule or wake it.
+template <class F>
+SuspendAwaiter<F> suspend(F publish) noexcept {
+  return SuspendAwaiter<F>(nullptr, publish);
+}
+
+/// As suspend(), for primitives: only wake_waiter() ends it, anything else aborts and names the
+/// wait. `waits_for` is a literal.
+template <class F>
+SuspendAwaiter<F> suspend_waiting(const char* waits_for, F publish) noexcept {
+  return SuspendAwaiter<F>(waits_for, publish);
+}
+
+struct PublishNothing {
+  void operator()(Coroutine&) const noexcept {}
+};
+
+/// Suspends the current coroutine until whoever holds it enters, schedules or wakes it.
+inline SuspendAwaiter<PublishNothing> yield() noexcept { return suspend(PublishNothing{}); }
+
+}  // namespace roost

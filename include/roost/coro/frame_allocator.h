@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: MIT
+// Memory for coroutine frames, control blocks and queue entries: a small cache of recently freed
+// blocks in front of operator new, by size class.
+//
+// Threads: any. Each thread has a cache of its own; a block may be freed on another thread than
+// the one that allocated it, and then joins the cache there.
+// Lifetime: a cache holds at most kFrameCacheBytes and is emptied when its thread ends. Under
+// AddressSanitizer nothing is cached, so that a use after free is seen.
+#pragma once
+
+#include <cstddef>
+
+namespace roost {
+
+/// Bytes that one thread's cache keeps at most.
+inline constexpr std::size_t kFrameCacheBytes = 1 << 20;
+
+/// Blocks above this size are never cached.
+inline constexpr std::size_t kLargestCachedFrame = 2048;
+
+/// Throws std::bad_alloc. Aligned for any fundamental type.
+void* allocate_frame(std::size_t size);
+
+/// `size` is what was asked for.
+void free_frame(void* block, std::size_t size) noexcept;
+
+/// Base for classes that live in frame memory.
+struct FrameAllocated {
+  static void* operator new(std::size_t size) { return allocate_frame(size); }
+  static void operator delete(void* block, std::size_t size) noexcept { free_frame(block, size); }
+};
+
+}  // namespace roost

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT
+// Task<T>: a lazily started piece of a coroutine.
+//
+// Calling a coroutine function that returns Task<T> only makes its frame; co_await starts it,
+// within the same Coroutine, and gives its result or rethrows its exception. A Task<void> becomes a
+// root by Coroutine::create() or spawn(); an exception that leaves a root aborts and names it.
+//
+// Threads: a task runs wherever its Coroutine runs.
+// Lifetime: the Task object owns the frame. Arguments taken by reference, and a lambda's captures,
+// must outlive the frame; a parameter taken by value lives in it.
+#pragma once
+
+#include <coroutine>
+#include <exception>
+#include <optional>
+#include <utility>
+
+#include "roost/coro/coroutine.h"
+
+namespace roost {
+
+template <class T>
+class Task;
+
+namespace detail {
+
+struct FinalAwaiter {
+  bool await_ready() const noexcept { return false; }
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> frame) const noexcept {
+    PromiseBase& promise = frame.promise();
+    PromiseBase::set_next(*promise.co, promise.continuation);
+  }
+  void await_resume() const noexcept {}
+};
+
+struct TaskPromiseBase : PromiseBase {
+  std::suspend_always initial_suspend() const noexcept { return {}; }
+  FinalAwaiter final_suspend() const noexcept { return {}; }
+  void unhandled_exception() noexcept { exception = std::current_exception(); }
+
+  std::exception_ptr exception;
+};
+
+template <class T>
+struct TaskPromise : TaskPromiseBase {
+  Task<T> get_return_object() noexcept;
+
+  template <class U>
+    requires std::convertible_to<U&&, T>
+  void return_value(U&& value) {
+    result.emplace(std::forward<U>(value));
+  }
+
+  T take() {
+    if (exception) [[unlikely]]
+      std::rethrow_exception(std::exchange(exception, nullptr));
+    return std::move(*result);
+  }
+
+  std::optional<T> result;
+};
+
+template <>
+struct TaskPromise<void> : TaskPromiseBase {
+  Task<void> get_return_object() noexcept;
+  void return_void() const noexcept {}
+  void take() {
+    if (exception) [[unlikely]]
+      std::rethrow_exception(std::exchange(exception, nullptr));
+  }
+};
+
+}  // namespace detail
+
+template <class T = void>
+class [[nodiscard]] Task {
+ public:
+  using promise_type = detail::TaskPromise<T>;
+  using Handle = std::coroutine_handle<promise_type>;
+
+  Task() noexcept = default;
+  explicit Task(Handle frame) noexcept : frame_(frame) {}
+  Task(Task&& other) noexcept : frame_(std::exchange(other.frame_, nullptr)) {}
+  Task& operator=(Task&& other) noexcept {
+    std::swap(frame_, other.frame_);
+    return *this;
+  }
+  ~Task() {
+    if (frame_) frame_.destroy();
+  }
+
+  class Awaiter {
+   public:
+    explicit Awaiter(Handle child) noexcept : child_(child) {}
+
+    bool await_ready() const noexcept { return false; }
+
+    template <class Promise>
+    void await_suspend(std::coroutine_handle<Promise> parent) noexcept {
+      static_assert(std::is_base_of_v<PromiseBase, Promise>, "await a Task inside a roost::Task");
+      Coroutine* co = parent.promise().co;
+      child_.promise().co = co;
+      child_.promise().continuation = parent;
+      PromiseBase::set_next(*co, child_);
+    }
+
+    T await_resume() { return child_.promise().take(); }
+
+   private:
+    Handle child_;
+  };
+
+  /// Runs the task to its end within the awaiting coroutine. A task can be awaited once.
+  Awaiter operator co_await() && noexcept { return Awaiter(frame_); }
+
+  /// Gives the frame away. For Coroutine.
+  Handle release() noexcept { return std::exchange(frame_, nullptr); }
+
+ private:
+  Handle frame_;
+};
+
+namespace detail {
+
+template <class T>
+Task<T> TaskPromise<T>::get_return_object() noexcept {
+  return Task<T>(std::coroutine_handle<TaskPromise<T>>::from_promise(*this));
+}
+
+inline Task<void> TaskPromise<void>::get_return_object() noexcept {
+  return Task<void>(std::coroutine_handle<TaskPromise<void>>::from_promise(*this));
+}
+
+}  // namespace detail
+
+/// Creates a coroutine that runs `task`, and schedules it on `context`. Any thread.
+inline Coroutine* spawn(CoContext& context, Task<void> task, const char* name = "coroutine",
+                        Coroutine::Place place = Coroutine::Place::current()) {
+  Coroutine* co = Coroutine::create(std::move(task), name);
+  co_schedule(context, *co, place);
+  return co;
+}
+
+/// `co_await move_to(context)`: goes to the end of the queue of `context`: moves there or, where it
+/// is the own one, lets others run.
+inline auto move_to(CoContext& context) noexcept {
+  return suspend([to = &context](Coroutine& co) noexcept { co_schedule(*to, co); });
+}
+
+}  // namespace roost

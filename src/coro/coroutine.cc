@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: MIT
+#include "roost/coro/coroutine.h"
+
+#include <string>
+
+#include "roost/base/check.h"
+#include "roost/coro/task.h"
+
+namespace roost {
+
+namespace {
+
+thread_local constinit ThreadState thread_state;
+
+// Coroutines that one driver loop resumes from its wake list before it gives the rest to the
+// context's queue, so that two that wake each other for ever do not starve descriptors and timers.
+constexpr unsigned kMaxWakesPerDrive = 64;
+
+}  // namespace
+
+ThreadState& this_thread() noexcept { return thread_state; }
+
+const char* to_string(CoState state) noexcept {
+  switch (state) {
+    case CoState::kIdle: return "idle";
+    case CoState::kWaiting: return "waiting";
+    case CoState::kRunning: return "running";
+    case CoState::kScheduled: return "scheduled";
+    case CoState::kListed: return "about to be woken";
+    case CoState::kEnded: return "ended";
+  }
+  return "in an unknown state";
+}
+
+// The loop that runs coroutines; lives on the stack of whoever enters one.
+struct Driver {
+  explicit Driver(ThreadState& on) noexcept
+      : thread(on), outer(on.driver), context(on.context) {
+    thread.driver = this;
+  }
+  ~Driver() { thread.driver = outer; }
+  Driver(const Driver&) = delete;
+  Driver& operator=(const Driver&) = delete;
+
+  void append(Coroutine& co) noexcept {
+    co.link_ = nullptr;
+    if (wake_tail) {
+      wake_tail->link_ = &co;
+    } else {
+      wake_head = &co;
+    }
+    wake_tail = &co;
+  }
+
+  Coroutine* take_first() noexcept {
+    Coroutine* co = wake_head;
+    wake_head = co->link_;
+    if (!wake_head) wake_tail = nullptr;
+    return co;
+  }
+
+  // Runs `co`, whose state is running, and then those that it, and they in turn, woke.
+  static void drive(Coroutine& co) noexcept {
+    Driver driver(this_thread());
+    driver.run(co);
+    for (unsigned woken = 0; driver.wake_head; ++woken) {
+      Coroutine& next = *driver.take_first();
+      if (woken < kMaxWakesPerDrive) {
+        next.state_.claim_listed(driver.context->index());
+        driver.run(next);
+      } else {
+        const auto schedule = next.state_.reschedule_listed(driver.context->index());
+        const auto place = next.placed_at_.load(std::memory_order_relaxed);
+        if (!schedule.won) next.misuse("wake", place, schedule.seen);
+        next.post_schedule(*driver.context, schedule, place);
+      }
+    }
+  }
+
+  void run(Coroutine& co) noexcept {
+    self = &co;
+    // Release: a waker that learns the home may go on to use what this context published.
+    if (co.home_.load(std::memory_order_relaxed) != context) {
+      co.home_.store(context, std::memory_order_release);
+    }
+    do {
+      std::coroutine_handle<> frame = std::exchange(co.next_, nullptr);
+      frame.resume();
+    } while (!co.publish_ && co.next_);
+    self = nullptr;
+    if (const auto publish = std::exchange(co.publish_, nullptr)) {
+      publish(co, co.closure_);
+    } else {
+      finish(co);
+    }
+  }
+
+  static void finish(Coroutine& co) noexcept {
+    auto root = Task<void>::Handle::from_address(co.root_.address());
+    if (root.promise().exception) abandon_with_exception(co, root.promise().exception);
+    root.destroy();
+    if (co.state_.end()) delete &co;
+  }
+
+  [[noreturn, gnu::cold]] static void abandon_with_exception(Coroutine& co,
+                                                             std::exception_ptr exception) {
+    std::string what = "an exception of unknown type";
+    try {
+      std::rethrow_exception(exception);
+    } catch (const std::exception& e) {
+      what = e.what();
+    } catch (...) {
+    }
+    panicf("coroutine '{}' ended with an exception: {}", co.name_, what);
+  }
+
+  ThreadState& thread;
+  Driver* const outer;
+  CoContext* const context;
+  Coroutine* self = nullptr;       // what this loop is resuming now
+  Coroutine* wake_head = nullptr;  // co_wake'd, waiting for `self` to suspend; linked by link_
+  Coroutine* wake_tail = nullptr;
+};
+
+Coroutine::Coroutine(std::coroutine_handle<> root, CoContext* home) noexcept
+    : state_(home ? home->index() : 0),
+      home_(home),
+      placed_at_(Place{}),
+      entry_(*this, true),
+      next_(root),
+      root_(root),
+      name_("") {}
+
+Coroutine* Coroutine::create(Task<void> task, const char* name) {
+  auto root = task.release();
+  ROOST_CHECK(root, "coroutine '{}' made of a task that was moved from", name);
+  auto* co = new Coroutine(root, this_thread().context);
+  co->name_ = name;
+  root.promise().co = co;
+  return co;
+}
+
+void Coroutine::destroy(Coroutine* co, Place place) {
+  const auto claim = co->state_.claim_suspended(0, false);
+  if (!claim.won) co->misuse("destroy", place, claim.seen);
+  co->root_.destroy();
+  if (co->state_.end()) delete co;
+}
+
+Coroutine* Coroutine::self() noexcept {
+  Driver* driver = this_thread().driver;
+  return driver ? driver->self : nullptr;
+}
+
+void Coroutine::enter(Place place) {
+  CoContext* context = this_thread().context;
+  ROOST_CHECK(context, "enter of coroutine '{}' at {} outside of any context", name_,
+              describe(place));
+  const auto claim = state_.claim_direct(context->index());
+  if (!claim.won) misuse("enter", place, claim.seen);
+  placed_at_.store(place, std::memory_order_relaxed);
+  Driver::drive(*this);
+}
+
+void Coroutine::misuse(const char* what, Place place, CoStateValue seen) const {
+  if (seen.entries() == CoStateValue::kMaxEntries) {
+    panicf("{} of coroutine '{}' ({}) at {}: {} queue entries of it are outstanding", what, name_,
+           fmt::ptr(this), describe(place), seen.entries());
+  }
+  const bool in_wait = seen.state() == CoState::kWaiting || seen.owned();
+  panicf("{} of coroutine '{}' ({}) at {}: it is {}{}{}, on context {}, by {}", what, name_,
+         fmt::ptr(this), describe(place), to_string(seen.state()),
+         in_wait && waits_for_ ? " for " : "", in_wait && waits_for_ ? waits_for_ : "",
+         seen.context(), describe(placed_at_.load(std::memory_order_relaxed)));
+}
+
+// The schedule is won: from here to the post, the outstanding entry keeps the block alive although
+// the coroutine may already be entered directly, and end, elsewhere.
+void Coroutine::post_schedule(CoContext& context, const StateWord<RealPlatform>::Schedule& schedule,
+                              Place place) noexcept {
+  placed_at_.store(place, std::memory_order_relaxed);
+  CoroutineEntry* entry = schedule.embedded ? &entry_ : nullptr;
+  if (!entry) {
+    entry = ::new (allocate_frame(sizeof(CoroutineEntry))) CoroutineEntry(*this, false);
+  }
+  entry->generation = schedule.generation;
+  if (!context.post(*entry)) [[unlikely]] {
+    panicf("coroutine '{}' scheduled on the closed context '{}' by {}", name_, context.name(),
+           describe(place));
+  }
+}
+
+void co_schedule(CoContext& context, Coroutine& co, Coroutine::Place place) {
+  const auto schedule = co.state_.schedule(context.index(), false);
+  if (!schedule.won) [[unlikely]]
+    co.misuse("co_schedule", place, schedule.seen);
+  co.post_schedule(context, schedule, place);
+}
+
+void Coroutine::wake(Coroutine& co, bool owner, Place place) {
+  const char* const what = owner ? "wake-up of the waiting" : "co_wake";
+  // The caller owns the next wake-up, so the coroutine does not run and its home does not change.
+  CoContext* home = co.home();
+  ROOST_CHECK(home, "{} of coroutine '{}' at {}: it has no home yet", what, co.name_,
+              describe(place));
+  ThreadState& thread = this_thread();
+  if (thread.context != home) {
+    const auto schedule = co.state_.schedule(home->index(), owner);
+    if (!schedule.won) [[unlikely]]
+      co.misuse(what, place, schedule.seen);
+    co.post_schedule(*home, schedule, place);
+  } else if (thread.driver && thread.driver->context == home) {
+    const auto claim = co.state_.list(owner);
+    if (!claim.won) [[unlikely]]
+      co.misuse(what, place, claim.seen);
+    co.placed_at_.store(place, std::memory_order_relaxed);
+    thread.driver->append(co);
+  } else {
+    const auto claim = co.state_.claim_suspended(home->index(), owner);
+    if (!claim.won) [[unlikely]]
+      co.misuse(what, place, claim.seen);
+    co.placed_at_.store(place, std::memory_order_relaxed);
+    Driver::drive(co);
+  }
+}
+
+void co_wake(Coroutine& co, Coroutine::Place place) { Coroutine::wake(co, false, place); }
+
+void wake_waiter(Coroutine& co, Coroutine::Place place) { Coroutine::wake(co, true, place); }
+
+namespace {
+
+// What an entry says, read before the claim: an embedded entry may be used again at once after it.
+struct EntryCopy {
+  explicit EntryCopy(CoroutineEntry& entry) noexcept
+      : co(*entry.co), generation(entry.generation), embedded(entry.embedded) {
+    if (!embedded) free_frame(&entry, sizeof(CoroutineEntry));
+  }
+  Coroutine& co;
+  std::uint32_t generation;
+  bool embedded;
+};
+
+}  // namespace
+
+bool run_entry(CoContext& context, CoroutineEntry& entry) noexcept {
+  const EntryCopy copy(entry);
+  using Outcome = StateWord<RealPlatform>::EntryOutcome;
+  switch (copy.co.state_.claim_entry(context.index(), copy.generation, copy.embedded)) {
+    case Outcome::kRun: Driver::drive(copy.co); return true;
+    case Outcome::kStale: return false;
+    case Outcome::kFreeBlock: delete &copy.co; return false;
+  }
+  return false;
+}
+
+bool drop_entry(CoroutineEntry& entry) noexcept {
+  const EntryCopy copy(entry);
+  const CoStateValue seen = copy.co.state_.peek();
+  if (seen.state() == CoState::kScheduled && seen.generation() == copy.generation) return true;
+  if (copy.co.state_.drop_entry(copy.embedded)) delete &copy.co;
+  return false;
+}
+
+CoroutineRef::CoroutineRef(Coroutine& co) : co_(&co) {
+  ROOST_CHECK(co.state_.add_ref(), "too many references to coroutine '{}'", co.name_);
+}
+
+CoroutineRef::CoroutineRef(const CoroutineRef& other) : co_(other.co_) {
+  if (co_) {
+    ROOST_CHECK(co_->state_.add_ref(), "too many references to coroutine '{}'", co_->name_);
+  }
+}
+
+CoroutineRef::~CoroutineRef() {
+  if (co_ && co_->state_.drop_ref()) delete co_;
+}
+
+bool CoroutineRef::try_enter(Coroutine::Place place) {
+  CoContext* context = this_thread().context;
+  ROOST_CHECK(context, "try_enter of coroutine '{}' at {} outside of any context", co_->name_,
+              describe(place));
+  if (!co_->state_.claim_direct(context->index()).won) return false;
+  co_->placed_at_.store(place, std::memory_order_relaxed);
+  Driver::drive(*co_);
+  return true;
+}
+
+bool CoroutineRef::ended() const noexcept { return co_->state() == CoState::kEnded; }
+
+}  // namespace roost
