@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: MIT
+//
+// The cases of runtime_bench on Boost.Asio: C++20 awaitables, one io_context a thread with
+// concurrency hint 1, concrete executors (no any_io_executor anywhere), Asio's recycling allocator.
+// A hop is one post: the token is bound to the target's executor, so the coroutine resumes there
+// directly instead of being posted there and sent back to the executor it was spawned on.
+// `deferred` rather than use_awaitable where it is awaited at once: it needs no coroutine frame for
+// the operation.
+#include <sys/eventfd.h>
+
+#include <boost/asio/awaitable.hpp>
+#include <boost/asio/bind_executor.hpp>
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/deferred.hpp>
+#include <boost/asio/detached.hpp>
+#include <boost/asio/executor_work_guard.hpp>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/posix/basic_stream_descriptor.hpp>
+#include <boost/asio/post.hpp>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "runtime_harness.h"
+
+namespace asio = boost::asio;
+
+namespace {
+
+using bench::Burst;
+using bench::Crew;
+using bench::Random;
+
+using Executor = asio::io_context::executor_type;
+template <typename T = void>
+using Awaitable = asio::awaitable<T, Executor>;
+
+// With --bare the loops own no I/O object. Asio then never makes its reactor: the io_context is a
+// queue with a condition variable, which cannot wait for a descriptor or a timer. That is not what
+// the other side offers, so it is not the default; it shows what the reactor costs Asio.
+bool bare = false;
+
+// An io_context and the one thread that runs it, waiting for one descriptor on which nothing
+// happens.
+class Loop {
+ public:
+  Loop() {
+    if (!bare) {
+      idle_.emplace(context_, ::eventfd(0, EFD_CLOEXEC));
+      idle_->async_wait(asio::posix::descriptor_base::wait_read, [](boost::system::error_code) {});
+    }
+    thread_ = std::thread([this] { context_.run(); });
+  }
+  ~Loop() {
+    asio::post(context_, [this] {
+      if (idle_) idle_->cancel();
+      work_.reset();
+    });
+    thread_.join();
+  }
+  Executor executor() noexcept { return context_.get_executor(); }
+
+ private:
+  asio::io_context context_{1};
+  asio::executor_work_guard<Executor> work_{context_.get_executor()};
+  std::optional<asio::posix::basic_stream_descriptor<Executor>> idle_;
+  std::thread thread_;
+};
+
+std::vector<std::unique_ptr<Loop>> make_loops(int count) {
+  std::vector<std::unique_ptr<Loop>> loops;
+  for (int i = 0; i < count; ++i) loops.push_back(std::make_unique<Loop>());
+  return loops;
+}
+
+// Resumes the calling coroutine on the loop of `target`.
+auto hop_to(Executor target) { return asio::post(asio::bind_executor(target, asio::deferred)); }
+
+Awaitable<> storm(Crew& crew, int index, const std::vector<Executor>& executors) {
+  Random random(index + 1);
+  bench::Counter& hops = crew.counter(index);
+  while (crew.running()) {
+    co_await hop_to(executors[random.below(executors.size())]);
+    hops.add();
+  }
+  crew.ended();
+}
+
+void hop_storm(benchmark::State& state) {
+  const int contexts = static_cast<int>(state.range(0));
+  const int coroutines = contexts * bench::kCoroutinesPerContext;
+  auto loops = make_loops(contexts);
+  std::vector<Executor> executors;
+  for (auto& loop : loops) executors.push_back(loop->executor());
+  Crew crew(coroutines);
+  for (int i = 0; i < coroutines; ++i) {
+    asio::co_spawn(executors[i % contexts], storm(crew, i, executors), asio::detached);
+  }
+  crew.measure(state, coroutines);
+}
+BENCHMARK(hop_storm)->ArgName("contexts")->Arg(2)->Arg(5)->UseManualTime();
+
+Awaitable<> bounce(Crew& crew, Executor here, Executor there) {
+  bench::Counter& hops = crew.counter(0);
+  while (crew.running()) {
+    co_await hop_to(there);
+    hops.add();
+    co_await hop_to(here);
+    hops.add();
+  }
+  crew.ended();
+}
+
+void ping_pong(benchmark::State& state) {
+  auto loops = make_loops(2);
+  Crew crew(1);
+  const Executor here = loops[0]->executor();
+  asio::co_spawn(here, bounce(crew, here, loops[1]->executor()), asio::detached);
+  crew.measure(state, 1);
+}
+BENCHMARK(ping_pong)->UseManualTime();
+
+// A suspended coroutine: its completion handler, and how to post it. The handler's type has no
+// public name, so it is kept in place with the one function that knows it; nothing is allocated.
+class Parked {
+ public:
+  template <typename Handler>
+  void park(Handler handler) {
+    static_assert(sizeof(Handler) <= sizeof(storage_));
+    new (storage_) Handler(std::move(handler));
+    post_ = [](void* storage) {
+      Handler& parked = *std::launder(static_cast<Handler*>(storage));
+      asio::post(std::move(parked));  // to the handler's own executor, which is the consumer's
+      parked.~Handler();
+    };
+  }
+  void post() { post_(storage_); }
+
+ private:
+  alignas(void*) std::byte storage_[sizeof(void*)];
+  void (*post_)(void*);
+};
+
+Awaitable<> sleeper(Burst& burst, Parked& slot) {
+  co_await asio::async_initiate<const asio::deferred_t, void()>(
+      [&slot](auto&& handler) { slot.park(std::move(handler)); }, asio::deferred);
+  burst.woken();
+}
+
+void burst(benchmark::State& state) {
+  const int producers = static_cast<int>(state.range(0));
+  Loop consumer;
+  std::vector<Parked> slots(bench::kBurstCoroutines);
+  for ([[maybe_unused]] auto _ : state) {
+    Burst round;
+    std::promise<void> parked;
+    asio::post(consumer.executor(), [&] {
+      // On the loop's own thread co_spawn runs the coroutine up to its first suspension at once.
+      for (auto& slot : slots) {
+        asio::co_spawn(consumer.executor(), sleeper(round, slot), asio::detached);
+      }
+      parked.set_value();
+    });
+    parked.get_future().wait();
+    state.SetIterationTime(round.run(producers, [&slots](int first, int last) {
+      for (int i = first; i < last; ++i) slots[i].post();
+    }));
+    // The last coroutine may still be ending: let the loop pass it before its round goes away.
+    std::promise<void> idle;
+    asio::post(consumer.executor(), [&] { idle.set_value(); });
+    idle.get_future().wait();
+  }
+  state.SetItemsProcessed(state.iterations() * bench::kBurstCoroutines);
+}
+BENCHMARK(burst)->ArgName("producers")->Arg(1)->Arg(4)->Iterations(3)->UseManualTime();
+
+Awaitable<> yielder(Crew& crew) {
+  bench::Counter& yields = crew.counter(0);
+  while (crew.running()) {
+    co_await asio::post(asio::deferred);
+    yields.add();
+  }
+  crew.ended();
+}
+
+void yield(benchmark::State& state) {
+  const int coroutines = static_cast<int>(state.range(0));
+  Loop loop;
+  Crew crew(coroutines);
+  for (int i = 0; i < coroutines; ++i) {
+    asio::co_spawn(loop.executor(), yielder(crew), asio::detached);
+  }
+  crew.measure(state, 1);
+}
+BENCHMARK(yield)->ArgName("coroutines")->Arg(1)->Arg(1000)->UseManualTime();
+
+Awaitable<> nothing() { co_return; }
+
+Awaitable<> spawner(Crew& crew, Executor executor) {
+  bench::Counter& spawned = crew.counter(0);
+  while (crew.running()) {
+    for (int i = 0; i < bench::kSpawnBatch; ++i) {
+      asio::co_spawn(executor, nothing(), asio::detached);
+    }
+    // A detached coroutine ends through the queue: once this one has its turn, they are gone.
+    co_await asio::post(asio::deferred);
+    spawned.add(bench::kSpawnBatch);
+  }
+  crew.ended();
+}
+
+void spawn(benchmark::State& state) {
+  Loop loop;
+  Crew crew(1);
+  asio::co_spawn(loop.executor(), spawner(crew, loop.executor()), asio::detached);
+  crew.measure(state, 1);
+}
+BENCHMARK(spawn)->UseManualTime();
+
+Awaitable<int> child(int value) { co_return value; }
+
+Awaitable<> parent(Crew& crew) {
+  bench::Counter& awaits = crew.counter(0);
+  int sum = 0;
+  while (crew.running()) {
+    sum += co_await child(1);
+    benchmark::DoNotOptimize(sum);
+    awaits.add();
+  }
+  crew.ended();
+}
+
+void await_child(benchmark::State& state) {
+  Loop loop;
+  Crew crew(1);
+  asio::co_spawn(loop.executor(), parent(crew), asio::detached);
+  crew.measure(state, 1);
+}
+BENCHMARK(await_child)->UseManualTime();
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1 && std::string_view(argv[1]) == "--bare") {
+    bare = true;
+    argv[1] = argv[0];
+    ++argv;
+    --argc;
+  }
+  return bench::run_main(argc, argv);
+}
