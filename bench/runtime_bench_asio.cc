@@ -93,10 +93,10 @@ Awaitable<> storm(Crew& crew, int index, const std::vector<Executor>& executors)
 void hop_storm(benchmark::State& state) {
   const int contexts = static_cast<int>(state.range(0));
   const int coroutines = contexts * bench::kCoroutinesPerContext;
-  auto loops = make_loops(contexts);
-  std::vector<Executor> executors;
-  for (auto& loop : loops) executors.push_back(loop->executor());
   Crew crew(coroutines);
+  std::vector<Executor> executors;
+  auto loops = make_loops(contexts);
+  for (auto& loop : loops) executors.push_back(loop->executor());
   for (int i = 0; i < coroutines; ++i) {
     asio::co_spawn(executors[i % contexts], storm(crew, i, executors), asio::detached);
   }
@@ -116,8 +116,8 @@ Awaitable<> bounce(Crew& crew, Executor here, Executor there) {
 }
 
 void ping_pong(benchmark::State& state) {
-  auto loops = make_loops(2);
   Crew crew(1);
+  auto loops = make_loops(2);
   const Executor here = loops[0]->executor();
   asio::co_spawn(here, bounce(crew, here, loops[1]->executor()), asio::detached);
   crew.measure(state, 1);
@@ -189,8 +189,8 @@ Awaitable<> yielder(Crew& crew) {
 
 void yield(benchmark::State& state) {
   const int coroutines = static_cast<int>(state.range(0));
-  Loop loop;
   Crew crew(coroutines);
+  Loop loop;
   for (int i = 0; i < coroutines; ++i) {
     asio::co_spawn(loop.executor(), yielder(crew), asio::detached);
   }
@@ -214,8 +214,8 @@ Awaitable<> spawner(Crew& crew, Executor executor) {
 }
 
 void spawn(benchmark::State& state) {
-  Loop loop;
   Crew crew(1);
+  Loop loop;
   asio::co_spawn(loop.executor(), spawner(crew, loop.executor()), asio::detached);
   crew.measure(state, 1);
 }
@@ -235,8 +235,8 @@ Awaitable<> parent(Crew& crew) {
 }
 
 void await_child(benchmark::State& state) {
-  Loop loop;
   Crew crew(1);
+  Loop loop;
   asio::co_spawn(loop.executor(), parent(crew), asio::detached);
   crew.measure(state, 1);
 }

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: MIT
+//
+// What hopping, waking, yielding, spawning and awaiting cost in roost. runtime_bench_asio has the
+// same cases under the same names; runtime_harness.h says how they are timed, bench/compare sets
+// them side by side. Everything runs with the default options of an IOThread.
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <memory>
+#include <vector>
+
+#include "roost/aio/aio_context.h"
+#include "roost/aio/iothread.h"
+#include "roost/coro/coroutine.h"
+#include "roost/coro/task.h"
+#include "runtime_harness.h"
+
+namespace {
+
+using bench::Burst;
+using bench::Crew;
+using bench::Random;
+using roost::AioContext;
+using roost::Coroutine;
+using roost::Task;
+
+// An IOThread whose context watches one descriptor on which nothing happens.
+class Loop {
+ public:
+  Loop() : idle_fd_(::eventfd(0, EFD_CLOEXEC)) {
+    context().run([this] {
+      roost::FdHandler handler;
+      handler.read = [] {};
+      context().set_fd_handler(idle_fd_, std::move(handler));
+    });
+  }
+  ~Loop() {
+    context().run([this] { context().remove_fd_handler(idle_fd_); });
+    ::close(idle_fd_);
+  }
+  AioContext& context() noexcept { return thread_.context(); }
+
+ private:
+  const int idle_fd_;
+  roost::IOThread thread_;
+};
+
+std::vector<std::unique_ptr<Loop>> make_loops(int count) {
+  std::vector<std::unique_ptr<Loop>> loops;
+  for (int i = 0; i < count; ++i) loops.push_back(std::make_unique<Loop>());
+  return loops;
+}
+
+Task<> storm(Crew& crew, int index, const std::vector<AioContext*>& contexts) {
+  Random random(index + 1);
+  bench::Counter& hops = crew.counter(index);
+  while (crew.running()) {
+    co_await move_to(*contexts[random.below(contexts.size())]);
+    hops.add();
+  }
+  crew.ended();
+}
+
+void hop_storm(benchmark::State& state) {
+  const int count = static_cast<int>(state.range(0));
+  const int coroutines = count * bench::kCoroutinesPerContext;
+  Crew crew(coroutines);
+  std::vector<AioContext*> contexts;
+  auto loops = make_loops(count);
+  for (auto& loop : loops) contexts.push_back(&loop->context());
+  for (int i = 0; i < coroutines; ++i) spawn(*contexts[i % count], storm(crew, i, contexts));
+  crew.measure(state, coroutines);
+}
+BENCHMARK(hop_storm)->ArgName("contexts")->Arg(2)->Arg(5)->UseManualTime();
+
+Task<> bounce(Crew& crew, AioContext& here, AioContext& there) {
+  bench::Counter& hops = crew.counter(0);
+  while (crew.running()) {
+    co_await move_to(there);
+    hops.add();
+    co_await move_to(here);
+    hops.add();
+  }
+  crew.ended();
+}
+
+void ping_pong(benchmark::State& state) {
+  Crew crew(1);
+  auto loops = make_loops(2);
+  AioContext& here = loops[0]->context();
+  spawn(here, bounce(crew, here, loops[1]->context()));
+  crew.measure(state, 1);
+}
+BENCHMARK(ping_pong)->UseManualTime();
+
+Task<> sleeper(Burst& burst, Coroutine*& slot) {
+  const auto park = [&slot](Coroutine& co) noexcept { slot = &co; };
+  co_await roost::suspend(park);
+  burst.woken();
+}
+
+void burst(benchmark::State& state) {
+  const int producers = static_cast<int>(state.range(0));
+  Loop consumer;
+  AioContext& context = consumer.context();
+  std::vector<Coroutine*> slots(bench::kBurstCoroutines);
+  for ([[maybe_unused]] auto _ : state) {
+    Burst round;
+    context.run([&] {
+      for (Coroutine*& slot : slots) Coroutine::create(sleeper(round, slot))->enter();
+    });
+    state.SetIterationTime(round.run(producers, [&](int first, int last) {
+      for (int i = first; i < last; ++i) co_schedule(context, *slots[i]);
+    }));
+    // The last coroutine may still be ending: let the loop pass it before its round goes away.
+    context.run([] {});
+  }
+  state.SetItemsProcessed(state.iterations() * bench::kBurstCoroutines);
+}
+BENCHMARK(burst)->ArgName("producers")->Arg(1)->Arg(4)->Iterations(3)->UseManualTime();
+
+Task<> yielder(Crew& crew, AioContext& context) {
+  bench::Counter& yields = crew.counter(0);
+  while (crew.running()) {
+    co_await move_to(context);
+    yields.add();
+  }
+  crew.ended();
+}
+
+void yield(benchmark::State& state) {
+  const int coroutines = static_cast<int>(state.range(0));
+  Crew crew(coroutines);
+  Loop loop;
+  for (int i = 0; i < coroutines; ++i) spawn(loop.context(), yielder(crew, loop.context()));
+  crew.measure(state, 1);
+}
+BENCHMARK(yield)->ArgName("coroutines")->Arg(1)->Arg(1000)->UseManualTime();
+
+Task<> nothing() { co_return; }
+
+Task<> spawner(Crew& crew, AioContext& context) {
+  bench::Counter& spawned = crew.counter(0);
+  while (crew.running()) {
+    for (int i = 0; i < bench::kSpawnBatch; ++i) Coroutine::create(nothing())->enter();
+    co_await move_to(context);
+    spawned.add(bench::kSpawnBatch);
+  }
+  crew.ended();
+}
+
+void spawn_root(benchmark::State& state) {
+  Crew crew(1);
+  Loop loop;
+  spawn(loop.context(), spawner(crew, loop.context()));
+  crew.measure(state, 1);
+}
+BENCHMARK(spawn_root)->Name("spawn")->UseManualTime();
+
+Task<int> child(int value) { co_return value; }
+
+Task<> parent(Crew& crew) {
+  bench::Counter& awaits = crew.counter(0);
+  int sum = 0;
+  while (crew.running()) {
+    sum += co_await child(1);
+    benchmark::DoNotOptimize(sum);
+    awaits.add();
+  }
+  crew.ended();
+}
+
+void await_child(benchmark::State& state) {
+  Crew crew(1);
+  Loop loop;
+  spawn(loop.context(), parent(crew));
+  crew.measure(state, 1);
+}
+BENCHMARK(await_child)->UseManualTime();
+
+}  // namespace
+
+int main(int argc, char** argv) { return bench::run_main(argc, argv); }
