@@ -22,20 +22,25 @@ ThreadState& this_thread() noexcept { return thread_state; }
 
 const char* to_string(CoState state) noexcept {
   switch (state) {
-    case CoState::kIdle: return "idle";
-    case CoState::kWaiting: return "waiting";
-    case CoState::kRunning: return "running";
-    case CoState::kScheduled: return "scheduled";
-    case CoState::kListed: return "about to be woken";
-    case CoState::kEnded: return "ended";
+    case CoState::kIdle:
+      return "idle";
+    case CoState::kWaiting:
+      return "waiting";
+    case CoState::kRunning:
+      return "running";
+    case CoState::kScheduled:
+      return "scheduled";
+    case CoState::kListed:
+      return "about to be woken";
+    case CoState::kEnded:
+      return "ended";
   }
   return "in an unknown state";
 }
 
 // The loop that runs coroutines; lives on the stack of whoever enters one.
 struct Driver {
-  explicit Driver(ThreadState& on) noexcept
-      : thread(on), outer(on.driver), context(on.context) {
+  explicit Driver(ThreadState& on) noexcept : thread(on), outer(on.driver), context(on.context) {
     thread.driver = this;
   }
   ~Driver() { thread.driver = outer; }
@@ -247,9 +252,14 @@ bool run_entry(CoContext& context, CoroutineEntry& entry) noexcept {
   const EntryCopy copy(entry);
   using Outcome = StateWord<RealPlatform>::EntryOutcome;
   switch (copy.co.state_.claim_entry(context.index(), copy.generation, copy.embedded)) {
-    case Outcome::kRun: Driver::drive(copy.co); return true;
-    case Outcome::kStale: return false;
-    case Outcome::kFreeBlock: delete &copy.co; return false;
+    case Outcome::kRun:
+      Driver::drive(copy.co);
+      return true;
+    case Outcome::kStale:
+      return false;
+    case Outcome::kFreeBlock:
+      delete &copy.co;
+      return false;
   }
   return false;
 }

@@ -12,7 +12,7 @@
 #include <memory>
 #include <vector>
 
-#include "roost/coro/coroutine.h"
+#include "roost/coro/task.h"
 
 namespace roost {
 
@@ -40,8 +40,8 @@ class Timer {
   AioContext& context_;
   std::shared_ptr<std::function<void()>> callback_;  // shared: the timer may go while it runs
   std::int64_t deadline_ns_ = 0;
-  std::uint64_t order_ = 0;               // equal deadlines fire in the order of arming
-  std::size_t position_ = kNotArmed;      // in the queue's heap
+  std::uint64_t order_ = 0;           // equal deadlines fire in the order of arming
+  std::size_t position_ = kNotArmed;  // in the queue's heap
 };
 
 /// The armed timers of a context: a binary heap whose timers know their positions.
@@ -69,23 +69,6 @@ class TimerQueue {
 };
 
 /// Suspends the current coroutine for `delay_ns` of its context's clock.
-class SleepFor {
- public:
-  explicit SleepFor(std::int64_t delay_ns) noexcept : delay_ns_(delay_ns) {}
-  bool await_ready() const noexcept { return delay_ns_ <= 0; }
-  template <class Promise>
-  void await_suspend(std::coroutine_handle<Promise> frame) {
-    start(*frame.promise().co);
-    suspension_.await_suspend(frame);
-  }
-  void await_resume() noexcept { timer_.reset(); }
-
- private:
-  void start(Coroutine& co);
-
-  std::int64_t delay_ns_;
-  std::unique_ptr<Timer> timer_;
-  SuspendAwaiter<PublishNothing> suspension_ = suspend_waiting("a timer", PublishNothing{});
-};
+Task<void> sleep_for(std::int64_t delay_ns);
 
 }  // namespace roost

@@ -29,9 +29,9 @@ template <class... Args>
 }  // namespace roost
 
 /// Aborts with the expression, the place and a formatted message unless `condition` holds.
-#define ROOST_CHECK(condition, ...)                                                        \
-  do {                                                                                     \
-    if (!(condition)) [[unlikely]]                                                         \
-      ::roost::panicf("{}:{}: check '{}' failed: {}", __FILE__, __LINE__, #condition,      \
-                      ::fmt::format(__VA_ARGS__));                                         \
+#define ROOST_CHECK(condition, ...)                                                   \
+  do {                                                                                \
+    if (!(condition)) [[unlikely]]                                                    \
+      ::roost::panicf("{}:{}: check '{}' failed: {}", __FILE__, __LINE__, #condition, \
+                      ::fmt::format(__VA_ARGS__));                                    \
   } while (false)

@@ -95,17 +95,17 @@ class Coroutine final : public FrameAllocated {
 
   // Anybody, by the state word's rules.
   StateWord<RealPlatform> state_;
-  std::atomic<CoContext*> home_;      // written by the driver while running; read by wakers
-  std::atomic<Place> placed_at_;      // who scheduled, woke or entered it last; for messages only
-  CoroutineEntry entry_;              // the producer that got `embedded`, then its queue
+  std::atomic<CoContext*> home_;  // written by the driver while running; read by wakers
+  std::atomic<Place> placed_at_;  // who scheduled, woke or entered it last; for messages only
+  CoroutineEntry entry_;          // the producer that got `embedded`, then its queue
 
   // The driver while running; otherwise whoever claims the coroutine next.
-  std::coroutine_handle<> next_;      // what to resume next; null: suspended or ended
-  Publish publish_ = nullptr;         // set by a suspension, with its closure
+  std::coroutine_handle<> next_;  // what to resume next; null: suspended or ended
+  Publish publish_ = nullptr;     // set by a suspension, with its closure
   const void* closure_ = nullptr;
-  const char* waits_for_ = nullptr;   // the name of the wait while waiting
+  const char* waits_for_ = nullptr;  // the name of the wait while waiting
   std::coroutine_handle<> root_;
-  Coroutine* link_ = nullptr;         // the driver's wake list while listed
+  Coroutine* link_ = nullptr;  // the driver's wake list while listed
   const char* name_;
 };
 
@@ -160,8 +160,8 @@ bool drop_entry(CoroutineEntry& entry) noexcept;
 
 /// Base of every promise in a coroutine's await chain.
 struct PromiseBase {
-  Coroutine* co = nullptr;                // set when the task starts
-  std::coroutine_handle<> continuation;   // the awaiting parent; null in a root task
+  Coroutine* co = nullptr;               // set when the task starts
+  std::coroutine_handle<> continuation;  // the awaiting parent; null in a root task
 
   static void* operator new(std::size_t size) { return allocate_frame(size); }
   static void operator delete(void* frame, std::size_t size) noexcept { free_frame(frame, size); }

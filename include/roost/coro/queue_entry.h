@@ -41,8 +41,7 @@ struct CallbackEntry : QueueEntry {
   /// Returns whether it did something that counts as progress.
   using Function = bool (*)(CallbackEntry&) noexcept;
 
-  explicit CallbackEntry(Function function) noexcept
-      : QueueEntry(Kind::kCallback), run(function) {}
+  explicit CallbackEntry(Function function) noexcept : QueueEntry(Kind::kCallback), run(function) {}
 
   Function run;
 };

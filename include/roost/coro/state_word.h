@@ -129,10 +129,11 @@ class StateWord {
   Claim claim_direct(std::uint32_t context) noexcept {
     CoStateValue seen = peek();
     for (;;) {
-      const bool may = seen.state() == CoState::kIdle ||
-                       (seen.state() == CoState::kScheduled && !seen.owned());
+      const bool may =
+          seen.state() == CoState::kIdle || (seen.state() == CoState::kScheduled && !seen.owned());
       if (!may) return {false, seen};
-      if (swap(seen, seen.with(CoState::kRunning, false).with_context(context))) return {true, seen};
+      if (swap(seen, seen.with(CoState::kRunning, false).with_context(context)))
+        return {true, seen};
     }
   }
 
@@ -141,7 +142,8 @@ class StateWord {
     CoStateValue seen = peek();
     for (;;) {
       if (seen.state() != (owner ? CoState::kWaiting : CoState::kIdle)) return {false, seen};
-      if (swap(seen, seen.with(CoState::kRunning, false).with_context(context))) return {true, seen};
+      if (swap(seen, seen.with(CoState::kRunning, false).with_context(context)))
+        return {true, seen};
     }
   }
 

@@ -47,10 +47,8 @@ struct TaskPromise : TaskPromiseBase {
   Task<T> get_return_object() noexcept;
 
   template <class U>
-    requires std::convertible_to<U&&, T>
-  void return_value(U&& value) {
-    result.emplace(std::forward<U>(value));
-  }
+  requires std::convertible_to<U&&, T>
+  void return_value(U&& value) { result.emplace(std::forward<U>(value)); }
 
   T take() {
     if (exception) [[unlikely]]

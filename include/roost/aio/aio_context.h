@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: MIT
+// AioContext: one event loop. Descriptor handlers, bottom halves, timers, coroutines, file and
+// socket I/O, served by whoever polls it.
+//
+// Threads: polled by one thread, its home thread. post(), notify(), run(), BottomHalf and
+// co_schedule() work from any thread and are the only doors from outside; everything else is for
+// the home thread, or, before it is polled for the first time, for a thread that has made it
+// current (ContextScope).
+// Lifetime: reference-counted (std::shared_ptr). It is destroyed on the thread that polled it, or
+// after that thread has ended. Nothing live may be scheduled then, no handler set, no I/O in
+// flight: each aborts and says which.
+//
+// An iteration: what other threads posted is taken from the inbox; entries run, at most 64 or for
+// 50 microseconds before descriptors get their turn; then one system call hands over started I/O,
+// waits if there is nothing to do, and brings back completions. What is added meanwhile runs in the
+// next iteration. All that was taken lives in the context, so that a nested poll goes on with it.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <unordered_map>
+#include <utility>
+
+#include "roost/aio/back_end.h"
+#include "roost/aio/event_notifier.h"
+#include "roost/aio/inbox.h"
+#include "roost/aio/timer.h"
+#include "roost/base/clock.h"
+#include "roost/coro/coroutine.h"
+
+namespace roost {
+
+class PollBudget;
+class ThreadPool;
+
+enum class EventLoop : std::uint8_t {
+  kAuto,     // io_uring where the kernel allows it, else epoll
+  kIoUring,  // io_uring, or an error
+  kEpoll,
+};
+
+struct AioContextOptions {
+  std::string name = "context";
+  EventLoop event_loop = EventLoop::kAuto;
+  /// The longest busy wait before sleeping; 0: never.
+  std::int64_t poll_max_ns = 100'000;
+  /// Outlives the context.
+  const Clock* clock = &real_clock();
+  /// Outlives the context; null: the process's.
+  PollBudget* poll_budget = nullptr;
+  /// For file I/O of the epoll loop; null: one of its own, made when needed.
+  std::shared_ptr<ThreadPool> thread_pool;
+};
+
+/// A list of queue entries, first in first out.
+class EntryQueue {
+ public:
+  bool empty() const noexcept { return !head_; }
+  void push(QueueEntry& entry) noexcept;
+  /// Appends a list linked by next.
+  void append(QueueEntry* first) noexcept;
+  void append(EntryQueue& other) noexcept;
+  QueueEntry* pop() noexcept;
+
+ private:
+  QueueEntry* head_ = nullptr;
+  QueueEntry* tail_ = nullptr;
+};
+
+class AioContext final : public CoContext {
+ public:
+  /// Throws std::system_error: descriptors exhausted, or io_uring demanded and refused.
+  static std::shared_ptr<AioContext> create(AioContextOptions options = {});
+
+  ~AioContext();
+
+  /// The context that the calling thread polls or has scoped; null if none.
+  static AioContext* current() noexcept { return static_cast<AioContext*>(this_thread().context); }
+
+  /// One iteration. With `blocking` it waits until there is something to do. Returns whether
+  /// progress was made: a callback or coroutine ran (idle bottom halves and notify() are none).
+  /// May be called from a callback. A blocking poll aborts inside a coroutine.
+  bool poll(bool blocking);
+
+  /// Makes a blocking poll return, or the next one not block.
+  void notify() noexcept;
+
+  bool post(QueueEntry& entry) noexcept override;
+
+  /// Calls `function()` on the home thread and returns its result or throws what it threw; at once
+  /// where this context is current. Blocks: aborts inside a coroutine. Somebody must be polling.
+  template <class Function>
+  auto run(Function&& function) -> std::invoke_result_t<Function&>;
+
+  /// Sets, replaces or (all members empty) removes the handler of `fd`. After a removal nothing of
+  /// the handler is called any more, and `fd` may be closed.
+  void set_fd_handler(int fd, FdHandler handler);
+  void remove_fd_handler(int fd) { set_fd_handler(fd, FdHandler{}); }
+
+  /// Calls `callback` when `notifier` was set, and clears it before.
+  void set_event_notifier(EventNotifier& notifier, std::function<void()> callback);
+  void remove_event_notifier(EventNotifier& notifier) { remove_fd_handler(notifier.fd()); }
+
+  const Clock& clock() const noexcept { return *options_.clock; }
+  TimerQueue& timers() noexcept { return timers_; }
+
+  /// "io_uring" or "epoll".
+  const char* back_end_name() const noexcept;
+
+  /// The back end, made at the first use on the home thread.
+  BackEnd& back_end() {
+    if (!back_end_) [[unlikely]]
+      make_back_end();
+    return *back_end_;
+  }
+
+  /// Gives up what the back end holds for this thread. Call it on the home thread before that ends,
+  /// if the context lives on; another thread may then poll it. No I/O may be in flight.
+  void release_back_end();
+
+  /// For the back end: the eventfd was read and held `count` signals.
+  void signalled(std::uint64_t count) noexcept { signals_received_ += count; }
+
+  /// Iterations that went to sleep, and busy waits that ended with work; for tests and statistics.
+  struct Statistics {
+    std::uint64_t sleeps = 0;
+    std::uint64_t spins_paid = 0;
+    std::uint64_t spins_in_vain = 0;
+  };
+  const Statistics& statistics() const noexcept { return statistics_; }
+
+ private:
+  friend class BottomHalf;
+  friend class ContextScope;
+  friend void schedule_oneshot(AioContext&, std::function<void()>);
+
+  explicit AioContext(AioContextOptions options);
+
+  void make_back_end();
+  void take_inbox() noexcept;
+  bool dispatch_entries();
+  bool run_idle();
+  bool serve_io(bool may_block);
+  bool wait(std::int64_t timeout_ns);
+  bool spin(std::int64_t limit_ns);
+  bool call_poll_hooks();
+  void adapt_spinning(std::int64_t waited_ns) noexcept;
+  std::int64_t wait_limit_ns() const noexcept;
+  void close() noexcept;
+  void blocking_call_check(const char* what) const;
+
+  static bool run_bottom_half(CallbackEntry& entry) noexcept;
+  static bool end_of_notify(CallbackEntry& entry) noexcept;
+
+  // Constant.
+  const AioContextOptions options_;
+  PollBudget& poll_budget_;
+  UniqueFd wake_fd_;
+  const bool use_io_uring_;
+
+  // Any thread.
+  Inbox<RealPlatform, QueueEntry> inbox_;
+  struct NotifyEntry : CallbackEntry {
+    NotifyEntry() noexcept : CallbackEntry(&end_of_notify) {}
+    std::atomic<bool> queued{false};  // true: somebody owns the entry and has posted it
+  };
+  NotifyEntry notify_entry_;
+  std::atomic<int> bottom_halves_{0};  // alive
+
+  // Home thread.
+  EntryQueue batch_;  // taken, to be run in this iteration
+  EntryQueue added_;  // posted by this thread while dispatching: the next iteration's
+  EntryQueue idle_;   // idle bottom halves whose time has not come
+  TimerQueue timers_;
+  std::unordered_map<int, FdWatch*> watches_;
+  int poll_hooks_ = 0;  // watches that have one
+  std::unique_ptr<BackEnd> back_end_;
+  unsigned entries_since_io_ = 0;
+  std::int64_t last_io_ns_ = 0;
+  std::int64_t spin_ns_ = 0;            // how long to busy-wait now, at most poll_max_ns
+  unsigned spin_holdoff_ = 0;           // paying sleeps to see before spinning is tried again
+  unsigned spin_penalty_ = 0;           // what the holdoff will be next time
+  std::uint64_t signals_owed_ = 0;      // pushes that found this context sleeping
+  std::uint64_t signals_received_ = 0;  // eventfd counts read
+  Statistics statistics_;
+};
+
+/// Makes a context current on this thread for as long as the scope lives. Scopes nest.
+class ContextScope {
+ public:
+  explicit ContextScope(AioContext& context) noexcept;
+  ~ContextScope();
+  ContextScope(const ContextScope&) = delete;
+  ContextScope& operator=(const ContextScope&) = delete;
+
+ private:
+  CoContext* const outer_;
+};
+
+namespace detail {
+
+/// A call that another thread waits for.
+class RemoteCall : public CallbackEntry {
+ public:
+  explicit RemoteCall(std::function<void()> function);
+  void post_and_wait(AioContext& context);
+
+ private:
+  static bool execute(CallbackEntry& entry) noexcept;
+
+  std::function<void()> function_;
+  std::exception_ptr exception_;
+  std::mutex mutex_;
+  std::condition_variable done_changed_;
+  bool done_ = false;  // guarded by mutex_
+};
+
+}  // namespace detail
+
+template <class Function>
+auto AioContext::run(Function&& function) -> std::invoke_result_t<Function&> {
+  using R = std::invoke_result_t<Function&>;
+  if (current() == this) return function();
+  blocking_call_check("run()");
+  if constexpr (std::is_void_v<R>) {
+    detail::RemoteCall call([&function] { function(); });
+    call.post_and_wait(*this);
+  } else {
+    std::optional<R> result;
+    detail::RemoteCall call([&function, &result] { result.emplace(function()); });
+    call.post_and_wait(*this);
+    return std::move(*result);
+  }
+}
+
+}  // namespace roost

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT
+// What a context waits with: io_uring, or epoll with a thread pool.
+//
+// Threads: made, used and destroyed on the context's home thread.
+// Lifetime: owned by the context. It cancels and reaps everything before it goes; requests must
+// not be in flight then.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "roost/aio/io_request.h"
+
+namespace roost {
+
+class AioContext;
+class ThreadPool;
+
+/// What to call when a descriptor is ready. An empty member is not waited for.
+struct FdHandler {
+  std::function<void()> read;
+  std::function<void()> write;
+  /// Asked while the context is busy polling, instead of a system call; true if `read` or `write`
+  /// should be called (whichever are set).
+  std::function<bool()> poll;
+};
+
+/// A watched descriptor. Level-triggered: called again while it stays ready.
+struct FdWatch {
+  int fd = -1;
+  std::shared_ptr<const FdHandler> handler;  // null: removed
+  // For the back end:
+  std::uint32_t armed_events = 0;  // POLLIN | POLLOUT that the kernel watches; 0: none
+  bool removed = false;            // the back end frees it once nobody uses it any more
+  bool in_callback = false;
+
+  std::uint32_t wanted_events() const noexcept;
+  /// Calls what `events` (POLL*) asks for; errors and hang-ups go to both.
+  void dispatch(std::uint32_t events);
+};
+
+class BackEnd {
+ public:
+  virtual ~BackEnd() = default;
+  BackEnd() = default;
+  BackEnd(const BackEnd&) = delete;
+  BackEnd& operator=(const BackEnd&) = delete;
+
+  virtual const char* name() const noexcept = 0;
+
+  /// Hands over what was started, waits up to `timeout_ns` (0: not at all, negative: without
+  /// limit) for something to happen, and dispatches it. True if something was dispatched.
+  virtual bool poll(std::int64_t timeout_ns) = 0;
+
+  /// Hands over what was started, without waiting or dispatching.
+  virtual void flush() = 0;
+
+  /// Whether poll(0) would find something. Called in a busy loop.
+  virtual bool ready() noexcept = 0;
+
+  /// Executes the request at once if that cannot block.
+  virtual bool try_now(IoRequest& request) = 0;
+
+  /// Starts the request; complete() is called from a later poll().
+  virtual void start(IoRequest& request) = 0;
+
+  /// `watch.handler` has changed, was set for the first time, or was removed; a removed watch
+  /// belongs to the back end.
+  virtual void watch_changed(FdWatch& watch) = 0;
+};
+
+/// Throws std::system_error where the kernel refuses. `wake_fd` is the context's eventfd: the back
+/// end reads it and reports to AioContext::signalled().
+std::unique_ptr<BackEnd> make_io_uring_back_end(AioContext& context, int wake_fd);
+std::unique_ptr<BackEnd> make_epoll_back_end(AioContext& context, int wake_fd,
+                                             std::shared_ptr<ThreadPool> pool);
+
+/// Whether this process may use io_uring, tried once.
+bool io_uring_available() noexcept;
+
+}  // namespace roost

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT
+// One I/O operation on a descriptor, as a context's back end executes it.
+//
+// Threads: made, started and completed on the home thread of one context.
+// Lifetime: the request, and the memory it names, stay where they are until complete() is called.
+#pragma once
+
+#include <cstdint>
+
+#include "roost/coro/queue_entry.h"
+
+namespace roost {
+
+class AioContext;
+
+struct IoRequest {
+  enum class Op : std::uint8_t {
+    kRead,      // address, length, offset
+    kReadv,     // address: iovec[length], offset, flags (RWF_*)
+    kWritev,    // address: iovec[length], offset, flags (RWF_*)
+    kDataSync,  // fdatasync
+    kAllocate,  // fallocate: flags (FALLOC_FL_*), offset, size
+    kRecv,      // address, length, flags (MSG_*)
+    kSendMsg,   // address: msghdr, flags (MSG_*)
+  };
+
+  Op op;
+  int fd;
+  void* address = nullptr;
+  std::uint32_t length = 0;
+  int flags = 0;
+  std::uint64_t offset = 0;
+  std::uint64_t size = 0;
+
+  /// Bytes transferred (possibly fewer than asked for), 0, or a negative errno.
+  std::int64_t result = 0;
+
+  /// Called on the home thread, outside of the call that started the request.
+  void (*complete)(IoRequest&) noexcept = nullptr;
+
+  // For the back end while the request is in flight.
+  AioContext* context = nullptr;
+  IoRequest* next = nullptr;
+
+  /// Executes the operation with a plain system call; for worker threads, and with `dont_wait` for
+  /// an attempt that must not block (result -EAGAIN: it would have).
+  std::int64_t execute(bool dont_wait) const noexcept;
+
+  IoRequest(Op o, int f) noexcept : op(o), fd(f) {}
+};
+
+}  // namespace roost

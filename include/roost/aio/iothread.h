@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: MIT
+// IOThread: a thread that owns an AioContext and polls it until it is stopped.
+//
+// Threads: start, stop and join from one controlling thread.
+// Lifetime: the destructor stops and joins. Whoever keeps a shared_ptr of the context may keep it
+// longer, but nobody polls it then.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <thread>
+
+#include "roost/aio/aio_context.h"
+
+namespace roost {
+
+class IOThread {
+ public:
+  /// Makes the context and starts the thread. Throws std::system_error.
+  explicit IOThread(AioContextOptions options = {});
+  ~IOThread();
+  IOThread(const IOThread&) = delete;
+  IOThread& operator=(const IOThread&) = delete;
+
+  AioContext& context() noexcept { return *context_; }
+  std::shared_ptr<AioContext> share_context() noexcept { return context_; }
+
+  /// Asks the thread to leave its loop; what was posted before still runs.
+  void stop() noexcept;
+
+  /// Waits for the thread's end. Blocks: aborts inside a coroutine.
+  void join();
+
+ private:
+  struct StopEntry : CallbackEntry {
+    explicit StopEntry() noexcept : CallbackEntry(&take_effect) {}
+    static bool take_effect(CallbackEntry& entry) noexcept;
+    bool reached = false;  // home thread
+  };
+
+  std::shared_ptr<AioContext> context_;
+  std::atomic<bool> stop_requested_{false};
+  StopEntry stop_entry_;
+  std::thread thread_;
+};
+
+}  // namespace roost

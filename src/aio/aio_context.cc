@@ -1,0 +1,505 @@
+// SPDX-License-Identifier: MIT
+#include "roost/aio/aio_context.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <sys/eventfd.h>
+
+#include <algorithm>
+#include <system_error>
+
+#include "aio/bottom_half_core.h"
+#include "roost/aio/poll_budget.h"
+#include "roost/aio/thread_pool.h"
+#include "roost/base/check.h"
+
+namespace roost {
+
+namespace {
+
+constexpr unsigned kMaxEntriesBeforeIo = 64;
+constexpr std::int64_t kMaxNsBeforeIo = 50'000;
+constexpr unsigned kEntriesPerClockReading = 8;
+constexpr std::int64_t kIdlePeriodNs = 10'000'000;
+
+// Busy waiting. It starts short and doubles, looks at the clock after a handful of checks, and
+// offers the CPU to others now and then: an offer that was taken shows that it is wanted.
+constexpr std::int64_t kFirstSpinNs = 4'000;
+constexpr int kChecksPerClockReading = 16;
+constexpr std::int64_t kOfferCpuEveryNs = 8'000;
+constexpr std::int64_t kCpuWasTakenNs = 20'000;
+constexpr unsigned kMaxSpinPenalty = 1024;
+
+}  // namespace
+
+// ---- Queues and scopes
+
+void EntryQueue::push(QueueEntry& entry) noexcept {
+  entry.next.set(nullptr);
+  if (tail_) {
+    tail_->next.set(&entry);
+  } else {
+    head_ = &entry;
+  }
+  tail_ = &entry;
+}
+
+void EntryQueue::append(QueueEntry* first) noexcept {
+  if (!first) return;
+  if (tail_) {
+    tail_->next.set(first);
+  } else {
+    head_ = first;
+  }
+  while (QueueEntry* next = first->next.get()) first = next;
+  tail_ = first;
+}
+
+void EntryQueue::append(EntryQueue& other) noexcept {
+  if (!other.head_) return;
+  if (tail_) {
+    tail_->next.set(other.head_);
+  } else {
+    head_ = other.head_;
+  }
+  tail_ = other.tail_;
+  other.head_ = other.tail_ = nullptr;
+}
+
+QueueEntry* EntryQueue::pop() noexcept {
+  QueueEntry* entry = head_;
+  if (!entry) return nullptr;
+  head_ = entry->next.get();
+  if (!head_) tail_ = nullptr;
+  return entry;
+}
+
+// Whenever a context becomes current, what this thread (among others) posted to it from outside is
+// taken first, so that it stays in front of what the thread then posts from inside.
+ContextScope::ContextScope(AioContext& context) noexcept : outer_(this_thread().context) {
+  this_thread().context = &context;
+  context.take_inbox();
+}
+
+ContextScope::~ContextScope() {
+  this_thread().context = outer_;
+  if (outer_) static_cast<AioContext*>(outer_)->take_inbox();
+}
+
+// ---- Life
+
+namespace {
+
+// Small numbers for the state words of coroutines: unique among living contexts.
+class ContextIndices {
+ public:
+  std::uint32_t take() {
+    std::lock_guard lock(mutex_);
+    for (std::uint32_t i = 0; i < used_.size(); ++i) {
+      if (!used_[i]) {
+        used_[i] = true;
+        return i;
+      }
+    }
+    if (used_.size() == CoStateValue::kMaxContexts) {
+      throw std::system_error(EMFILE, std::generic_category(), "too many contexts");
+    }
+    used_.push_back(true);
+    return static_cast<std::uint32_t>(used_.size() - 1);
+  }
+
+  void give_back(std::uint32_t index) noexcept {
+    std::lock_guard lock(mutex_);
+    used_[index] = false;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<bool> used_;
+};
+
+ContextIndices& context_indices() {
+  static ContextIndices indices;
+  return indices;
+}
+
+bool choose_io_uring(EventLoop loop) {
+  if (loop == EventLoop::kEpoll) return false;
+  const bool available = io_uring_available();
+  if (loop == EventLoop::kIoUring && !available) {
+    throw std::system_error(ENOSYS, std::generic_category(), "io_uring");
+  }
+  return available;
+}
+
+int make_wake_fd() {
+  const int fd = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (fd < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+  return fd;
+}
+
+}  // namespace
+
+std::shared_ptr<AioContext> AioContext::create(AioContextOptions options) {
+  return std::shared_ptr<AioContext>(new AioContext(std::move(options)));
+}
+
+AioContext::AioContext(AioContextOptions options)
+    : CoContext(context_indices().take(), options.name),
+      options_(std::move(options)),
+      poll_budget_(options_.poll_budget ? *options_.poll_budget : PollBudget::of_process()),
+      wake_fd_(make_wake_fd()),
+      use_io_uring_(choose_io_uring(options_.event_loop)) {
+  poll_budget_.woke();
+}
+
+AioContext::~AioContext() {
+  close();
+  poll_budget_.sleeps();
+  context_indices().give_back(index());
+}
+
+void AioContext::close() noexcept {
+  // Nobody gets in from here on; what was queued is judged below.
+  added_.append(inbox_.close());
+  batch_.append(added_);
+  batch_.append(idle_);
+  while (QueueEntry* entry = batch_.pop()) {
+    if (entry->kind == QueueEntry::Kind::kCoroutine) {
+      auto& co_entry = static_cast<CoroutineEntry&>(*entry);
+      const char* co_name = co_entry.co->name();
+      ROOST_CHECK(!drop_entry(co_entry), "context '{}' destroyed while coroutine '{}' is scheduled",
+                  name(), co_name);
+    } else if (entry != &notify_entry_) {
+      auto* core = static_cast<BottomHalf::Core*>(static_cast<CallbackEntry*>(entry));
+      ROOST_CHECK(core->run == &run_bottom_half,
+                  "context '{}' destroyed while a call to it is waiting", name());
+      const bool deleted = core->flags.peek() & BottomHalfFlags<RealPlatform>::kDeleted;
+      const bool scheduled = core->flags.peek() & BottomHalfFlags<RealPlatform>::kScheduled;
+      ROOST_CHECK(deleted || !scheduled, "context '{}' destroyed while a bottom half is scheduled",
+                  name());
+      if (deleted) delete core;
+    }
+  }
+  ROOST_CHECK(bottom_halves_.load() == 0, "context '{}' destroyed before {} of its bottom halves",
+              name(), bottom_halves_.load());
+  ROOST_CHECK(timers_.empty(), "context '{}' destroyed while a timer is armed", name());
+  ROOST_CHECK(watches_.empty(), "context '{}' destroyed while descriptor {} has a handler", name(),
+              watches_.begin()->first);
+  back_end_.reset();
+  // A producer that found the context sleeping may still be about to write to the eventfd: the
+  // descriptor, and the number behind it, stay until it has.
+  while (signals_received_ < signals_owed_) {
+    pollfd pfd{wake_fd_.get(), POLLIN, 0};
+    ::poll(&pfd, 1, -1);
+    std::uint64_t count = 0;
+    if (::read(wake_fd_.get(), &count, sizeof count) == sizeof count) signals_received_ += count;
+  }
+}
+
+void AioContext::make_back_end() {
+  ROOST_CHECK(current() == this, "descriptors and I/O of context '{}' used outside of it", name());
+  if (use_io_uring_) {
+    try {
+      back_end_ = make_io_uring_back_end(*this, wake_fd_.get());
+    } catch (const std::system_error&) {
+      // The trial ring could be had, this one not (locked memory used up, say).
+      if (options_.event_loop == EventLoop::kIoUring) throw;
+    }
+  }
+  if (!back_end_) {
+    back_end_ = make_epoll_back_end(*this, wake_fd_.get(), options_.thread_pool);
+  }
+  for (auto& [fd, watch] : watches_) back_end_->watch_changed(*watch);
+}
+
+void AioContext::release_back_end() {
+  back_end_.reset();
+  for (auto& [fd, watch] : watches_) watch->armed_events = 0;
+}
+
+const char* AioContext::back_end_name() const noexcept {
+  if (back_end_) return back_end_->name();
+  return use_io_uring_ ? "io_uring" : "epoll";
+}
+
+// ---- From any thread
+
+bool AioContext::post(QueueEntry& entry) noexcept {
+  if (this_thread().context == this) {
+    added_.push(entry);
+    return true;
+  }
+  switch (inbox_.push(entry)) {
+    case decltype(inbox_)::Push::kQueued:
+      return true;
+    case decltype(inbox_)::Push::kClosed:
+      return false;
+    case decltype(inbox_)::Push::kWakeOwed:
+      break;
+  }
+  // The context counts this signal as owed and stays until it has come.
+  const std::uint64_t one = 1;
+  [[maybe_unused]] const ssize_t written = ::write(wake_fd_.get(), &one, sizeof one);
+  return true;
+}
+
+void AioContext::notify() noexcept {
+  // Acq_rel pairs with end_of_notify(): a notify() that is coalesced with a queued entry comes
+  // before that entry's turn.
+  if (notify_entry_.queued.exchange(true, std::memory_order_acq_rel)) return;
+  [[maybe_unused]] const bool open = post(notify_entry_);
+}
+
+bool AioContext::end_of_notify(CallbackEntry& entry) noexcept {
+  static_cast<NotifyEntry&>(entry).queued.exchange(false, std::memory_order_acq_rel);
+  return false;
+}
+
+void AioContext::blocking_call_check(const char* what) const {
+  if (Coroutine* co = Coroutine::self()) {
+    panicf("{} of context '{}' would block inside coroutine '{}'", what, name(), co->name());
+  }
+}
+
+// ---- One iteration
+
+bool AioContext::poll(bool blocking) {
+  if (blocking) blocking_call_check("a blocking poll");
+  if (current() != this) {
+    ContextScope scope(*this);
+    return poll(blocking);
+  }
+  take_inbox();
+  bool progress = dispatch_entries();
+  const bool more = !batch_.empty() || !added_.empty();
+  if (!progress || entries_since_io_ >= kMaxEntriesBeforeIo) {
+    progress |= serve_io(blocking && !progress && !more);
+    take_inbox();
+    if (!progress) progress = dispatch_entries();
+  }
+  return progress;
+}
+
+void AioContext::take_inbox() noexcept { added_.append(inbox_.take()); }
+
+// Runs what had been queued when it was called.
+bool AioContext::dispatch_entries() {
+  batch_.append(added_);
+  bool progress = false;
+  while (entries_since_io_ < kMaxEntriesBeforeIo) {
+    QueueEntry* entry = batch_.pop();
+    if (!entry) break;
+    if (entry->kind == QueueEntry::Kind::kCoroutine) {
+      progress |= run_entry(*this, static_cast<CoroutineEntry&>(*entry));
+    } else {
+      auto& callback = static_cast<CallbackEntry&>(*entry);
+      progress |= callback.run(callback);
+    }
+    if (++entries_since_io_ % kEntriesPerClockReading == 0 &&
+        clock().now_ns() - last_io_ns_ > kMaxNsBeforeIo) {
+      entries_since_io_ = kMaxEntriesBeforeIo;
+    }
+  }
+  return progress;
+}
+
+bool AioContext::serve_io(bool may_block) {
+  const bool idle_waits = !idle_.empty();
+  bool progress = wait(may_block ? wait_limit_ns() : 0);
+  last_io_ns_ = clock().now_ns();
+  entries_since_io_ = 0;
+  if (!timers_.empty()) progress |= timers_.run_due(last_io_ns_);
+  if (idle_waits) run_idle();
+  return progress;
+}
+
+// How long there is nothing to do but wait; negative: until woken.
+std::int64_t AioContext::wait_limit_ns() const noexcept {
+  std::int64_t limit = idle_.empty() ? -1 : kIdlePeriodNs;
+  if (!timers_.empty()) {
+    const std::int64_t until =
+        std::max<std::int64_t>(0, timers_.next_deadline_ns() - clock().now_ns());
+    limit = limit < 0 ? until : std::min(limit, until);
+  }
+  return limit;
+}
+
+bool AioContext::wait(std::int64_t timeout_ns) {
+  BackEnd& io = back_end();
+  if (timeout_ns == 0) return io.poll(0);
+
+  const std::int64_t start = clock().now_ns();
+  if (spin_ns_ > 0 && poll_budget_.may_spin()) {
+    const std::int64_t limit = timeout_ns < 0 ? spin_ns_ : std::min(spin_ns_, timeout_ns);
+    io.flush();
+    if (spin(limit)) {
+      ++statistics_.spins_paid;
+      const bool hooked = call_poll_hooks();
+      return io.poll(0) || hooked;
+    }
+    ++statistics_.spins_in_vain;
+  }
+
+  if (!inbox_.try_sleep()) return io.poll(0);
+  ++statistics_.sleeps;
+  poll_budget_.sleeps();
+  const bool progress = io.poll(timeout_ns);
+  poll_budget_.woke();
+  if (inbox_.wake_up()) ++signals_owed_;
+  adapt_spinning(clock().now_ns() - start);
+  return progress;
+}
+
+// Busy-waits; true as soon as there is something to do.
+bool AioContext::spin(std::int64_t limit_ns) {
+  const std::int64_t start = real_clock().now_ns();
+  std::int64_t offered = start;
+  for (;;) {
+    for (int i = 0; i < kChecksPerClockReading; ++i) {
+      if (inbox_.has_entries() || back_end_->ready()) return true;
+      RealPlatform::cpu_relax();
+    }
+    if (poll_hooks_ > 0) {
+      for (auto& [fd, watch] : watches_) {
+        if (watch->handler->poll && watch->handler->poll()) return true;
+      }
+    }
+    const std::int64_t now = real_clock().now_ns();
+    if (now - start >= limit_ns || !poll_budget_.may_spin()) return false;
+    if (now - offered >= kOfferCpuEveryNs) {
+      ::sched_yield();
+      offered = real_clock().now_ns();
+      if (offered - now > kCpuWasTakenNs) {
+        // Somebody else ran: the CPU is wanted, and waiting busily would only delay them. Try
+        // again after a number of sleeps that grows as long as this goes on.
+        spin_ns_ = 0;
+        spin_penalty_ = std::min(std::max(spin_penalty_ * 2, 16u), kMaxSpinPenalty);
+        spin_holdoff_ = spin_penalty_;
+        return inbox_.has_entries() || back_end_->ready();
+      }
+    }
+  }
+}
+
+bool AioContext::call_poll_hooks() {
+  if (poll_hooks_ == 0) return false;
+  std::vector<int> ready;
+  for (auto& [fd, watch] : watches_) {
+    if (watch->handler->poll && watch->handler->poll()) ready.push_back(fd);
+  }
+  for (int fd : ready) {
+    // An earlier callback may have removed or replaced it.
+    if (auto found = watches_.find(fd); found != watches_.end()) {
+      found->second->dispatch(POLLIN | POLLOUT);
+    }
+  }
+  return !ready.empty();
+}
+
+// After a sleep: would a longer busy wait have caught it?
+void AioContext::adapt_spinning(std::int64_t waited_ns) noexcept {
+  if (options_.poll_max_ns == 0) return;
+  if (waited_ns > options_.poll_max_ns) {
+    // Not even the longest. Halve, and forget small times, so that an idle context sleeps at once.
+    spin_ns_ = spin_ns_ > kFirstSpinNs ? spin_ns_ / 2 : 0;
+    return;
+  }
+  if (spin_holdoff_ > 0) {
+    --spin_holdoff_;
+    return;
+  }
+  if (spin_penalty_ > 0) --spin_penalty_;
+  spin_ns_ = std::min(std::max(spin_ns_ * 2, kFirstSpinNs), options_.poll_max_ns);
+}
+
+bool AioContext::run_idle() {
+  EntryQueue due;
+  std::swap(due, idle_);
+  bool ran = false;
+  while (QueueEntry* entry = due.pop()) {
+    ran = true;
+    BottomHalf::Core::run_now(static_cast<BottomHalf::Core&>(static_cast<CallbackEntry&>(*entry)));
+  }
+  return ran;
+}
+
+// ---- Descriptors
+
+void AioContext::set_fd_handler(int fd, FdHandler handler) {
+  ROOST_CHECK(current() == this, "handler of descriptor {} changed outside of context '{}'", fd,
+              name());
+  const bool remove = !handler.read && !handler.write;
+  BackEnd& io = back_end();
+  auto found = watches_.find(fd);
+  if (found == watches_.end()) {
+    if (remove) return;
+    found = watches_.emplace(fd, new FdWatch{.fd = fd, .handler = nullptr}).first;
+  }
+  FdWatch& watch = *found->second;
+  if (watch.handler && watch.handler->poll) --poll_hooks_;
+  if (remove) {
+    watches_.erase(found);
+    watch.handler = nullptr;
+    watch.removed = true;
+  } else {
+    if (handler.poll) ++poll_hooks_;
+    watch.handler = std::make_shared<const FdHandler>(std::move(handler));
+  }
+  io.watch_changed(watch);
+}
+
+void AioContext::set_event_notifier(EventNotifier& notifier, std::function<void()> callback) {
+  set_fd_handler(notifier.fd(), {.read =
+                                     [&notifier, callback = std::move(callback)] {
+                                       if (notifier.test_and_clear()) callback();
+                                     },
+                                 .write = nullptr,
+                                 .poll = nullptr});
+}
+
+std::uint32_t FdWatch::wanted_events() const noexcept {
+  if (!handler) return 0;
+  return (handler->read ? POLLIN : 0u) | (handler->write ? POLLOUT : 0u);
+}
+
+void FdWatch::dispatch(std::uint32_t events) {
+  // Held here: the callback may replace or remove itself. Each is looked up anew, since the first
+  // may have taken the second away.
+  constexpr std::uint32_t kBoth = POLLERR | POLLHUP | POLLNVAL;
+  if (auto held = handler; held && held->read && (events & (POLLIN | kBoth))) held->read();
+  if (auto held = handler; held && held->write && (events & (POLLOUT | kBoth))) held->write();
+}
+
+// ---- Calls from other threads
+
+namespace detail {
+
+RemoteCall::RemoteCall(std::function<void()> function)
+    : CallbackEntry(&execute), function_(std::move(function)) {}
+
+void RemoteCall::post_and_wait(AioContext& context) {
+  ROOST_CHECK(context.post(*this), "call to the closed context '{}'", context.name());
+  std::unique_lock lock(mutex_);
+  done_changed_.wait(lock, [this] { return done_; });
+  if (exception_) std::rethrow_exception(exception_);
+}
+
+bool RemoteCall::execute(CallbackEntry& entry) noexcept {
+  auto& call = static_cast<RemoteCall&>(entry);
+  try {
+    call.function_();
+  } catch (...) {
+    call.exception_ = std::current_exception();
+  }
+  // Notified under the lock: once the waiter can take it, the call may be gone.
+  std::lock_guard lock(call.mutex_);
+  call.done_ = true;
+  call.done_changed_.notify_one();
+  return true;
+}
+
+}  // namespace detail
+
+}  // namespace roost

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: MIT
+// The part of a bottom half that its context keeps: the entry, the flags and the callback.
+//
+// Threads and lifetime: as BottomHalf; freed on the home thread, at the turn that finds it deleted.
+#pragma once
+
+#include "roost/aio/aio_context.h"
+#include "roost/aio/bottom_half.h"
+
+namespace roost {
+
+struct BottomHalf::Core : CallbackEntry {
+  Core(AioContext& ctx, std::function<void()> cb)
+      : CallbackEntry(&AioContext::run_bottom_half), context(ctx), callback(std::move(cb)) {}
+
+  /// The turn of a bottom half, idle ones included.
+  static bool run_now(Core& core) noexcept;
+
+  void request(std::uint64_t bits);
+
+  AioContext& context;
+  BottomHalfFlags<RealPlatform> flags;
+  std::function<void()> callback;
+};
+
+}  // namespace roost

@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: MIT
+// The io_uring loop: one io_uring_enter(2) an iteration hands over polls, file and socket I/O,
+// waits with a time-out, and brings completions back.
+//
+// Threads: the home thread makes the ring and nobody else touches it (IORING_SETUP_SINGLE_ISSUER),
+// so the kernel may leave completion work to that thread's own calls (IORING_SETUP_DEFER_TASKRUN),
+// and sets a flag in the submission ring when there is some.
+// Lifetime: what a completion's user_data points at stays until that completion was reaped.
+
+#include <liburing.h>
+#include <poll.h>
+
+#include <cstring>
+#include <system_error>
+
+#include "roost/aio/aio_context.h"
+#include "roost/aio/back_end.h"
+#include "roost/base/check.h"
+
+namespace roost {
+
+namespace {
+
+constexpr unsigned kSubmissions = 256;
+constexpr unsigned kCompletions = 4096;
+constexpr unsigned kMaxReaped = 256;
+
+// Linux 6.1, and what Linux 5.19 has of it. (Also from 5.19: cancelling everything at once.)
+constexpr unsigned kSetupFlags[] = {
+    IORING_SETUP_CQSIZE | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
+        IORING_SETUP_TASKRUN_FLAG,
+    IORING_SETUP_CQSIZE | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
+};
+
+int set_up_ring(io_uring& ring, unsigned submissions) noexcept {
+  int error = 0;
+  for (unsigned flags : kSetupFlags) {
+    io_uring_params params{};
+    params.flags = flags;
+    params.cq_entries = kCompletions;
+    error = io_uring_queue_init_params(submissions, &ring, &params);
+    if (error != -EINVAL) return error;
+  }
+  return error;
+}
+
+// The low bits of user_data tell what it points at.
+enum Tag : std::uint64_t { kRequest = 0, kWatch = 1, kWake = 2, kNobody = 3 };
+constexpr std::uint64_t kTagMask = 7;
+
+class IoUringBackEnd final : public BackEnd {
+ public:
+  IoUringBackEnd(AioContext& context, int wake_fd) : context_(context), wake_fd_(wake_fd) {
+    if (const int error = set_up_ring(ring_, kSubmissions); error < 0) {
+      throw std::system_error(-error, std::generic_category(), "io_uring_queue_init");
+    }
+    read_wake_fd();
+  }
+
+  ~IoUringBackEnd() override {
+    ROOST_CHECK(requests_in_flight_ == 0,
+                "context '{}' gives up its ring with {} requests in flight", context_.name(),
+                requests_in_flight_);
+    closing_ = true;
+    io_uring_sqe* sqe = next_sqe();
+    io_uring_prep_cancel64(sqe, 0, IORING_ASYNC_CANCEL_ANY | IORING_ASYNC_CANCEL_ALL);
+    io_uring_sqe_set_data64(sqe, kNobody);
+    while (outstanding_ > 0) {
+      io_uring_submit_and_wait(&ring_, 1);
+      reap();
+    }
+    io_uring_queue_exit(&ring_);
+  }
+
+  const char* name() const noexcept override { return "io_uring"; }
+
+  bool poll(std::int64_t timeout_ns) override {
+    if (timeout_ns == 0 || io_uring_cq_ready(&ring_) > 0) {
+      flush();
+    } else if (timeout_ns < 0) {
+      io_uring_submit_and_wait(&ring_, 1);
+    } else {
+      __kernel_timespec limit{.tv_sec = timeout_ns / 1'000'000'000,
+                              .tv_nsec = timeout_ns % 1'000'000'000};
+      io_uring_cqe* first = nullptr;
+      io_uring_submit_and_wait_timeout(&ring_, &first, 1, &limit, nullptr);
+    }
+    return reap();
+  }
+
+  void flush() override {
+    // The kernel runs deferred completion work only in a call that asks for events.
+    if (io_uring_sq_ready(&ring_) > 0) {
+      io_uring_submit_and_get_events(&ring_);
+    } else if (kernel_flags() & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)) {
+      io_uring_get_events(&ring_);
+    }
+  }
+
+  bool ready() noexcept override {
+    return io_uring_cq_ready(&ring_) > 0 ||
+           (kernel_flags() & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
+  }
+
+  // A buffered read of what is in the page cache completes within the call that submits it, and
+  // shares that call with others.
+  bool try_now(IoRequest&) override { return false; }
+
+  void start(IoRequest& request) override {
+    io_uring_sqe* sqe = next_sqe();
+    prepare(*sqe, request);
+    io_uring_sqe_set_data64(sqe, reinterpret_cast<std::uint64_t>(&request) | kRequest);
+    ++requests_in_flight_;
+  }
+
+  void watch_changed(FdWatch& watch) override {
+    if (watch.armed_events == 0) {
+      if (watch.removed) {
+        delete &watch;
+      } else {
+        arm(watch);
+      }
+    } else if (watch.removed || watch.armed_events != watch.wanted_events()) {
+      // The poll's completion, cancelled or not, frees the watch or arms it anew.
+      io_uring_sqe* sqe = next_sqe();
+      io_uring_prep_poll_remove(sqe, reinterpret_cast<std::uint64_t>(&watch) | kWatch);
+      io_uring_sqe_set_data64(sqe, kNobody);
+    }
+  }
+
+ private:
+  unsigned kernel_flags() const noexcept {
+    return std::atomic_ref<unsigned>(*ring_.sq.kflags).load(std::memory_order_relaxed);
+  }
+
+  io_uring_sqe* next_sqe() {
+    io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+    while (!sqe) {
+      // Full: hand over what there is. Busy (the completion ring overflows): completions are
+      // pending that the kernel keeps for us, and asking for events moves them in.
+      if (io_uring_submit(&ring_) < 0) io_uring_get_events(&ring_);
+      sqe = io_uring_get_sqe(&ring_);
+    }
+    ++outstanding_;
+    return sqe;
+  }
+
+  static void prepare(io_uring_sqe& sqe, const IoRequest& r) noexcept {
+    switch (r.op) {
+      case IoRequest::Op::kRead:
+        io_uring_prep_read(&sqe, r.fd, r.address, r.length, r.offset);
+        break;
+      case IoRequest::Op::kReadv:
+        io_uring_prep_readv2(&sqe, r.fd, static_cast<const iovec*>(r.address), r.length, r.offset,
+                             r.flags);
+        break;
+      case IoRequest::Op::kWritev:
+        io_uring_prep_writev2(&sqe, r.fd, static_cast<const iovec*>(r.address), r.length, r.offset,
+                              r.flags);
+        break;
+      case IoRequest::Op::kDataSync:
+        io_uring_prep_fsync(&sqe, r.fd, IORING_FSYNC_DATASYNC);
+        break;
+      case IoRequest::Op::kAllocate:
+        io_uring_prep_fallocate(&sqe, r.fd, r.flags, static_cast<off_t>(r.offset),
+                                static_cast<off_t>(r.size));
+        break;
+      case IoRequest::Op::kRecv:
+        io_uring_prep_recv(&sqe, r.fd, r.address, r.length, r.flags);
+        break;
+      case IoRequest::Op::kSendMsg:
+        io_uring_prep_sendmsg(&sqe, r.fd, static_cast<const msghdr*>(r.address),
+                              static_cast<unsigned>(r.flags));
+        break;
+    }
+  }
+
+  void arm(FdWatch& watch) {
+    watch.armed_events = watch.wanted_events();
+    io_uring_sqe* sqe = next_sqe();
+    io_uring_prep_poll_add(sqe, watch.fd, watch.armed_events);
+    io_uring_sqe_set_data64(sqe, reinterpret_cast<std::uint64_t>(&watch) | kWatch);
+  }
+
+  void read_wake_fd() {
+    io_uring_sqe* sqe = next_sqe();
+    io_uring_prep_read(sqe, wake_fd_, &wake_count_, sizeof wake_count_, 0);
+    io_uring_sqe_set_data64(sqe, kWake);
+  }
+
+  // Dispatches what has completed. Each completion leaves the ring before its callback runs, so a
+  // nested poll goes on with the next one. Bounded, so that entries get their turn.
+  bool reap() {
+    bool progress = false;
+    io_uring_cqe* cqe = nullptr;
+    for (unsigned i = 0; i < kMaxReaped && io_uring_peek_cqe(&ring_, &cqe) == 0; ++i) {
+      const std::uint64_t data = cqe->user_data;
+      const int result = cqe->res;
+      io_uring_cqe_seen(&ring_, cqe);
+      --outstanding_;
+      progress |= dispatch(data, result);
+    }
+    return progress;
+  }
+
+  bool dispatch(std::uint64_t data, int result) {
+    switch (static_cast<Tag>(data & kTagMask)) {
+      case kRequest: {
+        auto& request = *reinterpret_cast<IoRequest*>(data);
+        --requests_in_flight_;
+        request.result = result;
+        request.complete(request);
+        return true;
+      }
+      case kWatch:
+        return watch_fired(*reinterpret_cast<FdWatch*>(data & ~kTagMask), result);
+      case kWake:
+        if (result == sizeof wake_count_) context_.signalled(wake_count_);
+        if (!closing_) read_wake_fd();
+        return false;
+      case kNobody:
+        return false;
+    }
+    return false;
+  }
+
+  bool watch_fired(FdWatch& watch, int result) {
+    if (watch.removed) {
+      delete &watch;
+      return false;
+    }
+    if (closing_) {
+      watch.armed_events = 0;
+      return false;
+    }
+    bool progress = false;
+    if (result != -ECANCELED) {
+      // While armed_events stands, a change or removal in the callback leaves the watch to us.
+      const auto events = result < 0 ? POLLERR : static_cast<std::uint32_t>(result);
+      const std::uint32_t wanted = events & (watch.wanted_events() | POLLERR | POLLHUP | POLLNVAL);
+      if (wanted) watch.dispatch(wanted);
+      progress = wanted != 0;
+    }
+    watch.armed_events = 0;
+    if (watch.removed) {
+      delete &watch;
+    } else if (watch.wanted_events()) {
+      arm(watch);
+    }
+    return progress;
+  }
+
+  AioContext& context_;
+  const int wake_fd_;
+  io_uring ring_{};
+  std::uint64_t wake_count_ = 0;
+  unsigned outstanding_ = 0;  // completions to come, for the destructor
+  unsigned requests_in_flight_ = 0;
+  bool closing_ = false;
+};
+
+}  // namespace
+
+bool io_uring_available() noexcept {
+  static const bool available = [] {
+    io_uring ring{};
+    if (set_up_ring(ring, 1) < 0) return false;
+    io_uring_queue_exit(&ring);
+    return true;
+  }();
+  return available;
+}
+
+std::unique_ptr<BackEnd> make_io_uring_back_end(AioContext& context, int wake_fd) {
+  return std::make_unique<IoUringBackEnd>(context, wake_fd);
+}
+
+}  // namespace roost

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: MIT
+#include "roost/aio/iothread.h"
+
+#include <pthread.h>
+
+#include "roost/base/check.h"
+
+namespace roost {
+
+IOThread::IOThread(AioContextOptions options)
+    : context_(AioContext::create(std::move(options))), thread_([this] {
+        // The kernel keeps 15 characters.
+        ::pthread_setname_np(::pthread_self(), context_->name().substr(0, 15).c_str());
+        ContextScope scope(*context_);
+        while (!stop_entry_.reached) context_->poll(true);
+        context_->release_back_end();
+      }) {}
+
+IOThread::~IOThread() {
+  stop();
+  join();
+}
+
+bool IOThread::StopEntry::take_effect(CallbackEntry& entry) noexcept {
+  static_cast<StopEntry&>(entry).reached = true;
+  return true;
+}
+
+void IOThread::stop() noexcept {
+  if (stop_requested_.exchange(true)) return;
+  [[maybe_unused]] const bool open = context_->post(stop_entry_);
+}
+
+void IOThread::join() {
+  if (Coroutine* co = Coroutine::self()) {
+    panicf("join of thread '{}' would block inside coroutine '{}'", context_->name(), co->name());
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+}  // namespace roost
