@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: MIT
+# What `cmake --install` puts where: the layers as static libraries with their headers, the program
+# and its man page, and what find_package(roost) and pkg-config need to find them.
+
+option(ROOST_INSTALL "Make the install target" ${PROJECT_IS_TOP_LEVEL})
+if(NOT ROOST_INSTALL)
+  return()
+endif()
+
+include(CMakePackageConfigHelpers)
+
+get_property(layers GLOBAL PROPERTY ROOST_LAYERS)
+install(TARGETS ${layers} EXPORT roost ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(DIRECTORY include/roost DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}
+        FILES_MATCHING PATTERN "*.h")
+if(TARGET roost)
+  install(TARGETS roost RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+endif()
+install(FILES docs/man/roost.1 DESTINATION ${CMAKE_INSTALL_MANDIR}/man1)
+
+# find_package(roost), which gives roost::base, roost::coro, roost::aio, ...
+set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/roost)
+install(EXPORT roost NAMESPACE roost:: FILE roost-targets.cmake DESTINATION ${package_dir})
+configure_package_config_file(cmake/roost-config.cmake.in
+  ${PROJECT_BINARY_DIR}/install/roost-config.cmake INSTALL_DESTINATION ${package_dir})
+# While the version is below one, each minor version may break what the one before promised.
+write_basic_package_version_file(${PROJECT_BINARY_DIR}/install/roost-config-version.cmake
+  COMPATIBILITY SameMinorVersion)
+install(FILES ${PROJECT_BINARY_DIR}/install/roost-config.cmake
+              ${PROJECT_BINARY_DIR}/install/roost-config-version.cmake
+        DESTINATION ${package_dir})
+
+# pkg-config roost. A linker reads archives from left to right, so the last layer comes first.
+# The prefix is found from where the file lies, since `cmake --install` may be given another.
+set(pc_libs "")
+foreach(layer IN LISTS layers)
+  string(PREPEND pc_libs "-l${layer} ")
+endforeach()
+string(STRIP "${pc_libs}" pc_libs)
+file(RELATIVE_PATH pc_prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
+string(REGEX REPLACE "/$" "" pc_prefix "${pc_prefix}")
+configure_file(cmake/roost.pc.in ${PROJECT_BINARY_DIR}/install/roost.pc @ONLY)
+install(FILES ${PROJECT_BINARY_DIR}/install/roost.pc
+        DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)

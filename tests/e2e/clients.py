@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""Stock NBD clients on real data."""
+
+import json
+import os
+import random
+
+from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Skip, case, check, check_equal,
+                     pattern_file, run, same_contents, sparse_file)
+from nbd_client import Client
+
+DISK_SIZE = 64 * MIB
+
+
+def file_system_image(test, name="ext4.img"):
+    """An ext4 file system with a tree of files of many sizes in it."""
+    source = test.path("files")
+    rng = random.Random(4)
+    for folder in range(8):
+        os.makedirs(f"{source}/{folder}")
+        for number in range(12):
+            with open(f"{source}/{folder}/{number}", "wb") as file:
+                file.write(rng.randbytes(rng.choice((0, 1, 700, 4096, 65 * KIB, 400 * KIB))))
+    image = test.path(name)
+    sparse_file(image, DISK_SIZE)
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-d", source, image)
+    return image
+
+
+@case(loops=EVENT_LOOPS, transports=TRANSPORTS, timeout_s=120, sanitized=True)
+def nbdcopy_in_and_out(test):
+    image, disk, back = file_system_image(test), test.path("disk.img"), test.path("back.img")
+    sparse_file(disk, DISK_SIZE)
+    sparse_file(back, DISK_SIZE)
+    with test.serve(disk) as daemon:
+        run("nbdcopy", "--flush", image, daemon.uri)
+        check(same_contents(image, disk), "what nbdcopy sent is not what is on the disk")
+        run("nbdcopy", daemon.uri, back)
+    check(same_contents(image, back), "what nbdcopy fetched is not what is on the disk")
+    run("e2fsck", "-f", "-n", back)
+
+
+@case(loops=EVENT_LOOPS, timeout_s=120, sanitized=True)
+def nbdcopy_over_four_connections(test):
+    image, disk, back = test.path("image"), test.path("disk.img"), test.path("back.img")
+    pattern_file(image, DISK_SIZE)
+    sparse_file(disk, DISK_SIZE)
+    sparse_file(back, DISK_SIZE)
+    with test.serve(disk, "--iothreads", 4) as daemon:
+        parallel = ("--connections=4", "--requests=32", "--request-size=65536")
+        run("nbdcopy", *parallel, "--flush", image, daemon.uri)
+        check(same_contents(image, disk), "what nbdcopy sent is not what is on the disk")
+        run("nbdcopy", *parallel, daemon.uri, back)
+    check(same_contents(image, back), "what nbdcopy fetched is not what is on the disk")
+
+
+@case(loops=EVENT_LOOPS, transports=TRANSPORTS, timeout_s=120)
+def qemu_img_convert_and_compare(test):
+    image, disk, back = file_system_image(test), test.path("disk.img"), test.path("back.qcow2")
+    sparse_file(disk, DISK_SIZE)
+    with test.serve(disk) as daemon:
+        run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", image, daemon.uri)
+        run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, daemon.uri)
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", daemon.uri, back)
+        run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", image, back)
+        # One byte makes the difference, or the comparisons above say nothing.
+        with Client(daemon.uri) as client:
+            old = client.read(DISK_SIZE // 2 + 17, 1)
+            client.write(DISK_SIZE // 2 + 17, bytes([old[0] ^ 1]))
+        differ = run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, daemon.uri,
+                     check_exit=False)
+        check_equal(differ.returncode, 1, f"exit code for different images ({differ.stdout})")
+
+
+def qemu_io(uri, *commands, check_exit=True):
+    arguments = [part for command in commands for part in ("-c", command)]
+    return run("qemu-io", "-f", "raw", *arguments, uri, check_exit=check_exit)
+
+
+@case(loops=EVENT_LOOPS, transports=TRANSPORTS, timeout_s=60, sanitized=True)
+def qemu_io_patterns(test):
+    disk = test.path("disk.img")
+    sparse_file(disk, DISK_SIZE)
+    with test.serve(disk) as daemon:
+        qemu_io(daemon.uri,
+                "write -P 0xa5 0 1M",
+                "read -P 0xa5 0 1M",
+                "write -P 0x5a 3k 5k",  # neither end on a page
+                "read -P 0xa5 0 3k", "read -P 0x5a 3k 5k", "read -P 0xa5 8k 1016k",
+                "write -P 0x11 1234567 891",  # nor on a sector
+                "read -P 0x11 1234567 891",
+                "write -z 64k 64k",
+                "read -P 0 64k 64k", "read -P 0xa5 128k 64k",
+                "write -z -u 256k 128k",  # a hole is allowed
+                "read -P 0 256k 128k", "read -P 0xa5 384k 64k",
+                "discard 512k 256k",
+                "read -P 0xa5 0 3k", "read -P 0xa5 768k 64k",
+                "write -f -P 0x77 63M 1M",
+                "read -P 0x77 63M 1M",
+                "flush")
+        # Many at once.
+        qemu_io(daemon.uri,
+                *(f"aio_write -P {n + 1} {n}M 1M" for n in range(32)), "aio_flush", "flush",
+                *(f"aio_read -P {n + 1} {n}M 1M" for n in range(32)), "aio_flush")
+        wrong = qemu_io(daemon.uri, "read -P 0x99 0 4k", check_exit=False)
+        check(wrong.returncode != 0, "qemu-io does not notice a wrong pattern")
+    with open(disk, "rb") as file:
+        file.seek(63 * MIB)
+        check_equal(file.read(4), b"\x77" * 4, "on the disk at 63M")
+        file.seek(5 * MIB)
+        check_equal(file.read(4), b"\x06" * 4, "on the disk at 5M")
+
+
+@case(loops=EVENT_LOOPS, transports=TRANSPORTS)
+def nbdinfo_describes_the_export(test):
+    disk = test.path("disk.img")
+    sparse_file(disk, DISK_SIZE)
+    with test.serve(disk) as daemon:
+        answer = json.loads(run("nbdinfo", "--json", daemon.uri).stdout)
+        check_equal(answer["protocol"], "newstyle-fixed", "protocol")
+        export = answer["exports"][0]
+        check_equal(export["export-name"], "", "export name")
+        check_equal(export["export-size"], DISK_SIZE, "size")
+        for key, wanted in (("is_read_only", False), ("can_flush", True), ("can_fua", True),
+                            ("can_trim", True), ("can_zero", True), ("can_multi_conn", True)):
+            check_equal(export[key], wanted, key)
+        least = export["block_minimum"]
+        check(1 <= least <= 512 and least & (least - 1) == 0, f"minimum block size {least}")
+        check(export["block_preferred"] >= 4096, f"preferred {export['block_preferred']}")
+        check_equal(export["block_maximum"], 32 * MIB, "maximum block size")
+    with test.serve(disk, "--read-only") as daemon:
+        export = json.loads(run("nbdinfo", "--json", daemon.uri).stdout)["exports"][0]
+        check_equal(export["is_read_only"], True, "is_read_only")
+
+
+@case(transports=TRANSPORTS)
+def nbdinfo_lists_named_exports(test):
+    sizes = {"alpha": 1 * MIB, "beta": 2 * MIB, "with space": 3 * MIB}
+    disks = []
+    for number, (name, size) in enumerate(sizes.items()):
+        sparse_file(test.path(f"{number}.img"), size)
+        disks.append(f"{name}={test.path(f'{number}.img')}")
+    with test.serve(*disks) as daemon:
+        daemon.wait_for_uris(3)
+        server = daemon.uris[0].replace("alpha", "")
+        answer = json.loads(run("nbdinfo", "--list", "--json", server).stdout)
+        seen = {export["export-name"]: export["export-size"] for export in answer["exports"]}
+        check_equal(seen, sizes, "exports")
+        # Each printed URI leads to its export.
+        for uri, size in zip(daemon.uris, sizes.values()):
+            check_equal(int(run("nbdinfo", "--size", uri).stdout), size, uri)
+        missing = run("nbdinfo", "--size", daemon.uris[0].replace("alpha", "gamma"),
+                      check_exit=False)
+        check(missing.returncode != 0, "an export that is not there was opened")
+
+
+def fio(test, uri, *options):
+    if "nbd" not in run("fio", "--enghelp").stdout.split():
+        raise Skip("this fio has no nbd engine")
+    # fio leaves files where it stands.
+    return run("fio", "--name=e2e", "--ioengine=nbd", f"--uri={uri}", "--randrepeat=1",
+               "--output-format=json", *options, cwd=test.folder)
+
+
+def fio_errors(done):
+    # Before the JSON, fio may have warned.
+    report = json.loads(done.stdout[done.stdout.index("{"):])
+    return [(job["error"], job["read"]["total_ios"], job["write"]["total_ios"])
+            for job in report["jobs"]]
+
+
+@case(loops=EVENT_LOOPS, transports=TRANSPORTS, timeout_s=120)
+def fio_verifies_random_writes(test):
+    disk = test.path("disk.img")
+    sparse_file(disk, DISK_SIZE)
+    with test.serve(disk) as daemon:
+        done = fio(test, daemon.uri, "--rw=randwrite", "--bsrange=4k-64k", "--size=64M",
+                   "--iodepth=32", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1",
+                   "--fsync=64")
+        for error, reads, writes in fio_errors(done):
+            check_equal(error, 0, "fio's error")
+            check(writes > 500 and reads > 500, f"fio did {reads} reads and {writes} writes")
+
+
+@case(loops=EVENT_LOOPS, timeout_s=120)
+def fio_verifies_over_four_connections(test):
+    disk = test.path("disk.img")
+    sparse_file(disk, DISK_SIZE)
+    with test.serve(disk, "--iothreads", 4) as daemon:
+        done = fio(test, daemon.uri, "--rw=randwrite", "--bs=4k", "--size=8M", "--numjobs=4",
+                   "--offset_increment=16M", "--iodepth=16", "--verify=crc32c",
+                   "--verify_fatal=1", "--do_verify=1", "--thread")
+        jobs = fio_errors(done)
+        check_equal(len(jobs), 4, "jobs")
+        for error, reads, writes in jobs:
+            check_equal(error, 0, "fio's error")
+            check(writes == 2048 and reads == 2048, f"{reads} reads and {writes} writes")
+
+
+@case(loops=EVENT_LOOPS)
+def memory_disk(test):
+    with test.serve("mem:16M") as daemon:
+        qemu_io(daemon.uri, "read -P 0 0 16M", "write -P 0x3c 1M 2M", "read -P 0x3c 1M 2M",
+                "write -z 1M 1M", "read -P 0 1M 1M", "discard 2M 1M", "flush",
+                "read -P 0 15M 1M")
+
+
+@case(loops=EVENT_LOOPS)
+def null_disk(test):
+    with test.serve("null:1T") as daemon:
+        check_equal(int(run("nbdinfo", "--size", daemon.uri).stdout), 1 << 40, "size")
+        qemu_io(daemon.uri, "write -P 0x3c 512G 1M", "read -P 0 512G 1M", "flush")
