@@ -351,7 +351,6 @@ TEST(RequestParser, SkipsWhatIsLeftOfAPayloadThatWasTakenInPart) {
   parser.skip_payload();
   input = view(stream).subspan(30);
   ASSERT_EQ(parser.next(input, request), Event::kRequest);
-  // The permission to skip was for one payload only.
   EXPECT_EQ(copy(parser.take_payload(input)), text("hello"));
 }
 
@@ -399,6 +398,17 @@ TEST(RequestParser, TakesAWriteOf32MebibytesAndFailsOnMore) {
   }
   // Without a payload the length does not matter here.
   EXPECT_EQ(parse({with_length(kReadRequest, 0xffffffff)}).end, Event::kNeedInput);
+}
+
+TEST(RequestParserDeathTest, SkipsOnlyThePayloadItWasToldToSkip) {
+  RequestParser parser;
+  const ByteVector stream = join(kWriteRequest, kWriteRequest);
+  std::span<const std::byte> input = view(stream);
+  Request request;
+  ASSERT_EQ(parser.next(input, request), Event::kRequest);
+  parser.skip_payload();
+  ASSERT_EQ(parser.next(input, request), Event::kRequest);
+  EXPECT_DEATH(parser.next(input, request), "5 bytes of payload are still to be taken");
 }
 
 TEST(RequestParserDeathTest, MustNotBeAskedForARequestAmidAPayload) {
