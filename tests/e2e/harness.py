@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.parse
@@ -39,9 +38,14 @@ def check(condition, message):
         raise Failure(message)
 
 
+def shortened(value):
+    text = repr(value)
+    return text if len(text) < 500 else f"{text[:200]}... ({len(value)} long)"
+
+
 def check_equal(seen, wanted, what):
     if seen != wanted:
-        raise Failure(f"{what}: {seen!r} instead of {wanted!r}")
+        raise Failure(f"{what}: {shortened(seen)} instead of {shortened(wanted)}")
 
 
 # --- cases -------------------------------------------------------------------------------------

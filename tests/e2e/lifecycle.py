@@ -10,7 +10,7 @@ import stat
 import struct
 import time
 
-from harness import (EVENT_LOOPS, KIB, MIB, PATIENCE_S, TRANSPORTS, Daemon, Skip, case, check,
+from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Daemon, Skip, case, check,
                      check_equal, run, sparse_file, wait_until)
 from nbd_client import CMD_READ, CMD_WRITE, REQUEST_MAGIC, Client, Closed, check_still_serves
 

@@ -6,10 +6,10 @@ import struct
 from harness import (EVENT_LOOPS, MIB, TRANSPORTS, case, check, check_equal, pattern_file,
                      sparse_file)
 from nbd_client import (CMD_DISC, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE,
-                        CMD_WRITE_ZEROES, EINVAL, EIO, ENOSPC, ENOTSUP, EOVERFLOW, EPERM,
-                        FLAG_FIXED_NEWSTYLE, INFO_BLOCK_SIZE, OPT_ABORT, OPT_EXPORT_NAME, OPT_GO,
+                        CMD_WRITE_ZEROES, EINVAL, ENOSPC, ENOTSUP, EOVERFLOW, EPERM,
+                        FLAG_FIXED_NEWSTYLE, OPT_ABORT, OPT_EXPORT_NAME, OPT_GO,
                         OPT_INFO, OPT_LIST, OPT_STARTTLS, OPT_STRUCTURED_REPLY, REP_ACK,
-                        REP_ERR_INVALID, REP_ERR_POLICY, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN,
+                        REP_ERR_INVALID, REP_ERR_POLICY, REP_ERR_UNKNOWN,
                         REP_ERR_UNSUP, REP_SERVER, TRANSMIT_FLUSH, TRANSMIT_FUA,
                         TRANSMIT_HAS_FLAGS, TRANSMIT_MULTI_CONN, TRANSMIT_READ_ONLY,
                         TRANSMIT_TRIM, TRANSMIT_WRITE_ZEROES, Client)

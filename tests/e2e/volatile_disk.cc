@@ -13,10 +13,10 @@
 // The page cache of the host cannot play this part: it outlives any process, so a server that never
 // flushes would still pass.
 //
-// Threads: libfuse calls the operations from several threads, and SIGUSR1 is taken by one of its
-// own; the disk is guarded by one mutex.
+// Threads: libfuse calls the operations from the main thread, SIGUSR1 is taken by another; the disk
+// is guarded by one mutex.
 
-#define FUSE_USE_VERSION 35
+#define FUSE_USE_VERSION 312
 
 #include <fcntl.h>
 #include <fuse3/fuse.h>
@@ -235,7 +235,7 @@ int main(int argc, char** argv) {
   if (fuse_opt_parse(&args, &options, specification, nullptr) != 0) return 2;
   // In the foreground, so that whoever started this process can end it by its pid.
   fuse_opt_add_arg(&args, "-f");
-  fuse_opt_add_arg(&args, "-omax_threads=8");
+  fuse_opt_add_arg(&args, "-s");
 
   const int fd = open(backing, O_RDWR | O_CLOEXEC);
   struct stat stat;
