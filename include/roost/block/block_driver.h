@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT
+// BlockDriver: the code behind a disk: a file or block device, memory, or nothing at all.
+//
+// Threads: every operation may be called from a coroutine on any context, any number at a time; a
+// request runs on the context it arrives on.
+// Lifetime: outlives its requests. Buffers belong to the request until it returns.
+// Errors: an errno code with the disk, the operation, the offset and the length in words.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "roost/base/result.h"
+#include "roost/coro/task.h"
+
+namespace roost {
+
+/// How a range is to be zeroed.
+struct ZeroFlags {
+  bool may_unmap = true;  // a hole is as good; otherwise the space stays allocated
+  bool fua = false;       // durable before it returns
+};
+
+class BlockDriver {
+ public:
+  virtual ~BlockDriver() = default;
+  BlockDriver(const BlockDriver&) = delete;
+  BlockDriver& operator=(const BlockDriver&) = delete;
+
+  /// What the user called it; for messages.
+  const std::string& name() const noexcept { return name_; }
+  /// In bytes; constant.
+  std::uint64_t size() const noexcept { return size_; }
+  bool read_only() const noexcept { return read_only_; }
+
+  // REQUIRES, of all: offset + length <= size().
+
+  /// Fills `to`.
+  virtual Task<Result<void>> read(std::uint64_t offset, std::span<std::byte> to) = 0;
+
+  /// Writes all of `from`, at most IOV_MAX pieces; with `fua`, durable before it returns.
+  virtual Task<Result<void>> write(std::uint64_t offset, std::span<const iovec> from, bool fua) = 0;
+
+  /// Makes every write that has returned, whichever context it was on, durable. A disk that failed
+  /// to do so once fails for ever: the kernel may have dropped what it could not write.
+  virtual Task<Result<void>> flush() = 0;
+
+  /// Says that the range's contents are of no interest any more.
+  virtual Task<Result<void>> discard(std::uint64_t offset, std::uint64_t length) = 0;
+
+  /// Makes the range read as zeroes.
+  virtual Task<Result<void>> write_zeroes(std::uint64_t offset, std::uint64_t length,
+                                          ZeroFlags flags) = 0;
+
+ protected:
+  BlockDriver(std::string name, std::uint64_t size, bool read_only)
+      : name_(std::move(name)), size_(size), read_only_(read_only) {}
+
+ private:
+  const std::string name_;
+  const std::uint64_t size_;
+  const bool read_only_;
+};
+
+struct OpenOptions {
+  bool read_only = false;
+  /// For files: make it, sparse, of this many bytes, if there is none. 0: do not.
+  std::uint64_t create_size = 0;
+};
+
+/// A regular file or block device, through the page cache. Blocks while opening.
+Result<std::unique_ptr<BlockDriver>> open_file(const std::string& path, OpenOptions options);
+
+/// Memory that starts as zeroes and is taken as it is written.
+Result<std::unique_ptr<BlockDriver>> make_memory_disk(std::uint64_t size, OpenOptions options);
+
+/// Reads as zeroes, forgets writes.
+Result<std::unique_ptr<BlockDriver>> make_null_disk(std::uint64_t size, OpenOptions options);
+
+/// "mem:SIZE", "null:SIZE" or a path.
+Result<std::unique_ptr<BlockDriver>> open_disk(const std::string& description, OpenOptions options);
+
+/// "512", "4K", "1G"...: bytes, with the binary suffixes K, M, G and T. At most 2^63 - 1.
+Result<std::uint64_t> parse_size(const std::string& text);
+
+}  // namespace roost

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT
+// The roost program: reads the command line.
+
+#include <signal.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <map>
+
+#include "cli/serve.h"
+
+namespace {
+
+constexpr const char* kServeExamples = R"(Examples:
+  roost serve disk.img
+      Serve a file or block device on unix:./roost.sock.
+  roost serve --create 10G new.img --listen tcp:127.0.0.1:10809
+      Make a sparse image of 10 GiB, if there is none, and serve it over TCP.
+  roost serve system=/dev/sdb1 scratch=mem:4G --iothreads 4 --listen unix:/run/roost.sock
+      Two named exports, spread over four I/O threads.
+  nbdinfo 'nbd+unix:///?socket=roost.sock'
+      See what a running server offers.
+)";
+
+// CLI11 numbers its errors from 100; the field says 2.
+constexpr int kUsageError = 2;
+
+int run(int argc, char** argv) {
+  CLI::App app{
+      "Roost: serves disks over NBD from several I/O threads.\n"
+      "Without a command it serves ./roost-disk.img (made if absent, sparse, 1 GiB) on "
+      "./roost.sock."};
+  app.name("roost");
+  app.set_version_flag("--version", "roost " ROOST_VERSION);
+  app.footer(
+      "Examples:\n"
+      "  roost                     Serve ./roost-disk.img on ./roost.sock.\n"
+      "  roost serve disk.img      Serve a disk image.\n"
+      "  roost serve --help        What can be chosen.\n");
+  app.require_subcommand(0, 1);
+
+  roost::cli::ServeOptions options;
+  CLI::App* serve = app.add_subcommand("serve", "Serve disks over NBD until SIGINT or SIGTERM");
+  serve->footer(kServeExamples);
+  serve
+      ->add_option("disk", options.disks,
+                   "[NAME=]DISK: a file or block device, mem:SIZE or null:SIZE; without a NAME "
+                   "it is the default export")
+      ->required();
+  serve
+      ->add_option("--listen", options.listen,
+                   "unix:PATH or tcp:HOST:PORT (IPv6 in brackets, port 0 picks one); may be "
+                   "repeated (default: unix:./roost.sock)")
+      ->allow_extra_args(false);
+  serve->add_option("--iothreads", options.iothreads, "I/O threads to serve clients from")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  const std::map<std::string, roost::EventLoop> loops{{"auto", roost::EventLoop::kAuto},
+                                                      {"io_uring", roost::EventLoop::kIoUring},
+                                                      {"epoll", roost::EventLoop::kEpoll}};
+  serve
+      ->add_option("--event-loop", options.event_loop,
+                   "auto, io_uring or epoll; auto takes io_uring where the kernel allows it")
+      ->transform(CLI::CheckedTransformer(loops).description(""))
+      ->type_name("LOOP")
+      ->default_str("auto");
+  serve
+      ->add_option("--poll-max-us", options.poll_max_us,
+                   "longest busy wait before an I/O thread sleeps, in microseconds; 0: never")
+      ->check(CLI::Range(0, 1'000'000))
+      ->capture_default_str();
+  serve
+      ->add_option("--handshake-timeout", options.handshake_timeout_s,
+                   "seconds a client may take to negotiate")
+      ->check(CLI::Range(1, 86'400))
+      ->capture_default_str();
+  serve->add_flag("--read-only", options.read_only, "Refuse writes");
+  serve
+      ->add_option("--create", options.create_size,
+                   "Make files that do not exist, sparse, of this SIZE (K, M, G, T)")
+      ->type_name("SIZE");
+  serve->add_flag("--json", options.json, "Describe what is served as one line of JSON");
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : kUsageError;
+  }
+
+  if (!serve->parsed()) {
+    options.disks = {"./roost-disk.img"};
+    options.create_size = "1G";
+    options.explain = true;
+  }
+  if (options.listen.empty()) options.listen = {"unix:./roost.sock"};
+  return roost::cli::serve(options);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // Peers and readers of our output may go away: write() tells.
+  ::signal(SIGPIPE, SIG_IGN);
+  return run(argc, argv);
+}

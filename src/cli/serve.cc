@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: MIT
+#include "cli/serve.h"
+
+#include <fmt/format.h>
+#include <signal.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <system_error>
+
+#include "roost/aio/iothread.h"
+#include "roost/aio/thread_pool.h"
+#include "roost/block/block_driver.h"
+#include "roost/export/nbd_server.h"
+
+namespace roost::cli {
+
+namespace {
+
+// How long clients may take to fetch their last replies.
+constexpr std::int64_t kStopTimeoutNs = 10'000'000'000;
+
+void report(const std::string& line) {
+  // One write, so that lines of several threads do not mix.
+  fmt::print(stderr, "{}", "roost: " + line + "\n");
+}
+
+struct Disk {
+  std::string export_name;
+  std::unique_ptr<BlockDriver> driver;
+};
+
+// "NAME=DISK", unless what stands before the '=' is a directory of a path.
+std::pair<std::string, std::string> split_name(const std::string& text) {
+  const auto equals = text.find('=');
+  if (equals == std::string::npos || text.find('/') < equals) return {"", text};
+  return {text.substr(0, equals), text.substr(equals + 1)};
+}
+
+Result<std::vector<Disk>> open_disks(const ServeOptions& options) {
+  OpenOptions open{.read_only = options.read_only, .create_size = 0};
+  if (!options.create_size.empty()) {
+    const auto size = parse_size(options.create_size);
+    if (!size) return std::unexpected(size.error());
+    open.create_size = *size;
+  }
+  std::vector<Disk> disks;
+  for (const std::string& text : options.disks) {
+    auto [name, description] = split_name(text);
+    for (const Disk& other : disks) {
+      if (other.export_name != name) continue;
+      return fail(EEXIST, name.empty() ? text + ": a second disk without a name (use NAME=DISK)"
+                                       : text + ": a second export named '" + name + "'");
+    }
+    auto driver = open_disk(description, open);
+    if (!driver) return std::unexpected(driver.error());
+    const nbd::ExportInfo info{.name = name, .size = (*driver)->size()};
+    if (const auto offered = nbd::check_export(info); !offered) {
+      return std::unexpected(offered.error());
+    }
+    disks.push_back({std::move(name), std::move(*driver)});
+  }
+  return disks;
+}
+
+// The signals that end the program, as a descriptor. They have to be blocked before any thread
+// starts, so that every thread inherits that.
+class StopSignals {
+ public:
+  StopSignals() {
+    sigset_t set;
+    ::sigemptyset(&set);
+    ::sigaddset(&set, SIGINT);
+    ::sigaddset(&set, SIGTERM);
+    ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
+    fd_ = UniqueFd(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
+    if (!fd_) throw std::system_error(errno, std::generic_category(), "signalfd");
+  }
+
+  int fd() const noexcept { return fd_.get(); }
+
+  bool take() noexcept {
+    signalfd_siginfo info;
+    return ::read(fd_.get(), &info, sizeof info) == sizeof info;
+  }
+
+ private:
+  UniqueFd fd_;
+};
+
+void announce(const ServeOptions& options, const std::vector<Disk>& disks,
+              const std::vector<ListenSocket>& sockets, const char* event_loop) {
+  if (options.json) {
+    nlohmann::json out{{"event_loop", event_loop},
+                       {"iothreads", options.iothreads},
+                       {"exports", nlohmann::json::array()}};
+    for (const Disk& disk : disks) {
+      nlohmann::json uris = nlohmann::json::array();
+      for (const ListenSocket& socket : sockets) uris.push_back(socket.uri(disk.export_name));
+      out["exports"].push_back({{"name", disk.export_name},
+                                {"disk", disk.driver->name()},
+                                {"size", disk.driver->size()},
+                                {"read_only", disk.driver->read_only()},
+                                {"uris", uris}});
+    }
+    fmt::print("{}\n", out.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+  } else {
+    for (const Disk& disk : disks) {
+      for (const ListenSocket& socket : sockets) fmt::print("{}\n", socket.uri(disk.export_name));
+    }
+    if (options.explain) {
+      fmt::print("Connect with: nbdinfo '{0}'  or  qemu-img info '{0}'\n",
+                 sockets.front().uri(disks.front().export_name));
+    }
+  }
+  std::fflush(stdout);
+  report(fmt::format("serving with {} I/O thread{} on {}", options.iothreads,
+                     options.iothreads == 1 ? "" : "s", event_loop));
+}
+
+Task<void> flush_all(const std::vector<Disk>& disks, bool& failed, bool& done) {
+  for (const Disk& disk : disks) {
+    if (disk.driver->read_only()) continue;
+    const Result<void> flushed = co_await disk.driver->flush();
+    if (!flushed) {
+      report(flushed.error().message());
+      failed = true;
+    }
+  }
+  done = true;
+}
+
+int serve_or_throw(const ServeOptions& options) {
+  StopSignals signals;
+
+  auto disks = open_disks(options);
+  if (!disks) {
+    report(disks.error().message());
+    return 1;
+  }
+
+  std::vector<ListenSocket> sockets;
+  for (const std::string& text : options.listen) {
+    auto address = ListenAddress::parse(text);
+    auto socket = address ? ListenSocket::open(*address) : std::unexpected(address.error());
+    if (!socket) {
+      report(socket.error().message());
+      return 1;
+    }
+    sockets.push_back(std::move(*socket));
+  }
+
+  // Shared by all contexts: the epoll loop does its file I/O there.
+  const auto pool = std::make_shared<ThreadPool>();
+  const auto context_options = [&](std::string name) {
+    return AioContextOptions{.name = std::move(name),
+                             .event_loop = options.event_loop,
+                             .poll_max_ns = options.poll_max_us * 1000,
+                             .thread_pool = pool};
+  };
+  AioContextOptions main_options = context_options("main");
+  main_options.poll_max_ns = 0;  // nothing here is in a hurry
+  const auto main_context = AioContext::create(std::move(main_options));
+  const ContextScope scope(*main_context);
+
+  std::vector<std::unique_ptr<IOThread>> threads;
+  NbdServer::Options server_options{.main_context = main_context.get(),
+                                    .io_contexts = {},
+                                    .limits = {},
+                                    .log = [](const std::string& line) { report(line); }};
+  server_options.limits.handshake_timeout_ns = options.handshake_timeout_s * 1'000'000'000;
+  for (unsigned i = 0; i < options.iothreads; ++i) {
+    threads.push_back(std::make_unique<IOThread>(context_options(fmt::format("iothread{}", i))));
+    server_options.io_contexts.push_back(&threads.back()->context());
+  }
+
+  std::vector<NbdServer::Export> exports;
+  for (const Disk& disk : *disks) exports.push_back({disk.export_name, disk.driver.get()});
+  NbdServer server(std::move(server_options), std::move(exports));
+
+  announce(options, *disks, sockets, threads.front()->context().back_end_name());
+  for (ListenSocket& socket : sockets) server.listen(std::move(socket));
+
+  bool stopping = false;
+  bool idle = false;
+  Timer impatience(*main_context, [&] { server.disconnect_all(); });
+  main_context->set_fd_handler(signals.fd(), {.read =
+                                                  [&] {
+                                                    if (!signals.take()) return;
+                                                    if (std::exchange(stopping, true)) ::_exit(1);
+                                                    impatience.arm_after(kStopTimeoutNs);
+                                                    server.stop([&] { idle = true; });
+                                                  },
+                                              .write = {},
+                                              .poll = {}});
+  while (!idle) main_context->poll(true);
+  impatience.cancel();
+  for (auto& thread : threads) {
+    thread->stop();
+    thread->join();
+  }
+
+  bool failed = false;
+  bool flushed = false;
+  Coroutine::create(flush_all(*disks, failed, flushed), "final flush")->enter();
+  while (!flushed) main_context->poll(true);
+  main_context->remove_fd_handler(signals.fd());
+  return failed ? 1 : 0;
+}
+
+}  // namespace
+
+int serve(const ServeOptions& options) {
+  try {
+    return serve_or_throw(options);
+  } catch (const std::exception& e) {
+    report(e.what());
+    return 1;
+  }
+}
+
+}  // namespace roost::cli

@@ -1,0 +1,418 @@
+// SPDX-License-Identifier: MIT
+#include "export/nbd_connection.h"
+
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstdlib>
+#include <new>
+
+#include "roost/aio/io.h"
+
+namespace roost {
+
+namespace {
+
+// One receive: a full queue of small requests, and of small writes with their data.
+constexpr std::size_t kChunkSize = 128 << 10;
+
+// Replies in one send: what IOV_MAX allows and more than a client has in flight.
+constexpr std::size_t kMaxRepliesPerSend = 256;
+
+// Lines about failed requests that one connection may write to the log.
+constexpr unsigned kMaxLoggedErrors = 8;
+
+}  // namespace
+
+// What a receive filled. Writes whose data is in it keep it until they are done.
+struct NbdConnection::Chunk {
+  std::size_t filled;
+  std::byte bytes[kChunkSize];
+
+  std::span<std::byte> room() { return std::span(bytes).subspan(filled); }
+};
+
+// A reply as it goes out: header and payload in one piece of memory.
+struct NbdConnection::Reply {
+  Reply* next = nullptr;
+  std::size_t size;        // header and payload to send
+  std::size_t bytes_held;  // of the connection's limit
+
+  static Reply* make(std::size_t payload, std::size_t held) {
+    void* memory = std::malloc(sizeof(Reply) + nbd::kSimpleReplySize + payload);
+    if (!memory) return nullptr;
+    return ::new (memory) Reply{.size = nbd::kSimpleReplySize + payload, .bytes_held = held};
+  }
+  static void free(Reply* reply) noexcept { std::free(reply); }
+
+  std::byte* bytes() noexcept { return reinterpret_cast<std::byte*>(this + 1); }
+  std::span<std::byte> payload() noexcept {
+    return {bytes() + nbd::kSimpleReplySize, size - nbd::kSimpleReplySize};
+  }
+  void set_header(int error, std::uint64_t cookie) noexcept {
+    const std::uint32_t code = error ? nbd::to_nbd_error(error) : 0;
+    if (code) size = nbd::kSimpleReplySize;  // no data behind an error
+    nbd::encode_simple_reply(
+        std::span<std::byte, nbd::kSimpleReplySize>(bytes(), nbd::kSimpleReplySize), code, cookie);
+  }
+};
+
+// The data of a WRITE, where the socket put it: the part that came with the request in the chunk,
+// the rest in memory of its own.
+struct NbdConnection::WritePayload {
+  std::shared_ptr<Chunk> chunk;
+  std::span<const std::byte> front;
+  std::unique_ptr<std::byte, decltype(&std::free)> rest{nullptr, &std::free};
+  std::size_t rest_size = 0;
+};
+
+NbdConnection::NbdConnection(NbdServer& server, UniqueFd socket)
+    : server_(server), socket_(std::move(socket)), peer_(describe_peer(socket_.get())) {}
+
+NbdConnection::~NbdConnection() = default;
+
+void NbdConnection::stop() noexcept {
+  stopping_.store(true, std::memory_order_relaxed);
+  // Ends a receive that waits; a system call orders the store well enough for the reader's next.
+  ::shutdown(socket_.get(), SHUT_RD);
+}
+
+void NbdConnection::disconnect() noexcept {
+  stopping_.store(true, std::memory_order_relaxed);
+  ::shutdown(socket_.get(), SHUT_RDWR);
+}
+
+// Only the first reason is worth a line: what follows is its consequence.
+void NbdConnection::give_up(std::string why) {
+  if (dead_) return;
+  dead_ = true;
+  server_.log((export_name_.empty() ? "" : "export '" + export_name_ + "': ") + peer_ + ": " + why +
+              "; connection closed");
+  ::shutdown(socket_.get(), SHUT_RDWR);
+}
+
+Task<void> NbdConnection::run(std::shared_ptr<NbdConnection> self) {
+  self->reader_ = Coroutine::self();
+  self->context_ = AioContext::current();
+  const bool transmission = co_await self->negotiate();
+  if (transmission) co_await self->transmit();
+  self->server_.connection_ended(*self);
+}
+
+Task<bool> NbdConnection::send_all(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    iovec piece{const_cast<std::byte*>(bytes.data()), bytes.size()};
+    msghdr message{};
+    message.msg_iov = &piece;
+    message.msg_iovlen = 1;
+    const std::int64_t n = co_await io_sendmsg(socket_.get(), message);
+    if (n < 0) co_return false;
+    bytes = bytes.subspan(static_cast<std::size_t>(n));
+  }
+  co_return true;
+}
+
+Task<bool> NbdConnection::negotiate() {
+  using State = nbd::ServerNegotiation::State;
+  bool timed_out = false;
+  Timer timeout(*context_, [this, &timed_out] {
+    timed_out = true;
+    ::shutdown(socket_.get(), SHUT_RDWR);
+  });
+  timeout.arm_after(server_.options_.limits.handshake_timeout_ns);
+
+  nbd::ServerNegotiation negotiation(server_.export_infos_);
+  chunk_ = std::make_shared_for_overwrite<Chunk>();
+  std::span<const std::byte> input;
+  bool lost = false;
+  while (negotiation.state() == State::kNegotiating && !lost) {
+    input = input.subspan(negotiation.feed(input));
+    if (!negotiation.output().empty()) {
+      lost = !co_await send_all(negotiation.output());
+      negotiation.drain_output(negotiation.output().size());
+    } else if (negotiation.state() == State::kNegotiating) {
+      const std::int64_t n = co_await io_recv(socket_.get(), chunk_->bytes);
+      lost = n <= 0;
+      if (!lost) input = std::span<const std::byte>(chunk_->bytes, static_cast<std::size_t>(n));
+    }
+  }
+  if (!lost && !negotiation.output().empty()) lost = !co_await send_all(negotiation.output());
+  timeout.cancel();
+
+  if (timed_out) {
+    give_up("negotiation timed out");
+  } else if (negotiation.state() == State::kFailed) {
+    give_up(negotiation.failure());
+  }
+  if (lost || negotiation.state() != State::kTransmission) co_return false;
+
+  const nbd::ServerNegotiation::Selection& chosen = negotiation.selection();
+  const NbdServer::Export& exported = server_.exports_[chosen.export_index];
+  disk_ = exported.disk;
+  export_name_ = exported.name;
+  limits_.size = disk_->size();
+  limits_.transmission_flags = chosen.transmission_flags;
+  unparsed_ = input;
+  chunk_->filled = kChunkSize;  // until unparsed_ is used up
+
+  AioContext& home = server_.choose_context(chosen.export_index);
+  place_ = Place{chosen.export_index, &home};
+  co_await move_to(home);
+  context_ = &home;
+  co_return true;
+}
+
+// ---- Places: what a client has in flight
+
+bool NbdConnection::over_limits(std::size_t bytes) const noexcept {
+  const NbdLimits& limits = server_.options_.limits;
+  return requests_in_flight_ >= limits.requests_in_flight ||
+         (bytes_in_flight_ > 0 && bytes_in_flight_ + bytes > limits.bytes_in_flight);
+}
+
+void NbdConnection::take_place(std::size_t bytes) noexcept {
+  ++requests_in_flight_;
+  bytes_in_flight_ += bytes;
+}
+
+void NbdConnection::wake_reader() noexcept {
+  if (std::exchange(reader_waits_, false)) co_wake(*reader_);
+}
+
+// ---- The reader
+
+Task<void> NbdConnection::transmit() {
+  sender_ = Coroutine::create(sender(), "nbd sender");
+  sender_->enter();
+
+  std::span<const std::byte> input = unparsed_;
+  bool done = false;
+  while (!done && receiving() && !dead_) {
+    nbd::Request request;
+    switch (parser_.next(input, request)) {
+      case nbd::RequestParser::Event::kFailed:
+        give_up(parser_.failure());
+        done = true;
+        continue;
+      case nbd::RequestParser::Event::kNeedInput: {
+        // All input is used up; whoever still needs a part of the chunk shares it.
+        if (chunk_.use_count() == 1) {
+          chunk_->filled = 0;
+        } else if (chunk_->room().size() < kChunkSize / 2) {
+          chunk_ = std::make_shared_for_overwrite<Chunk>();
+          chunk_->filled = 0;
+        }
+        const std::span<std::byte> room = chunk_->room();
+        const std::int64_t n = co_await io_recv(socket_.get(), room);
+        if (n <= 0) {
+          done = true;
+          if (receiving() && (n < 0 || !parser_.at_boundary())) {
+            give_up(n < 0 ? Error(static_cast<int>(-n), "receive").message()
+                          : "vanished in the middle of a request");
+          }
+          continue;
+        }
+        input = room.first(static_cast<std::size_t>(n));
+        chunk_->filled += static_cast<std::size_t>(n);
+        continue;
+      }
+      case nbd::RequestParser::Event::kRequest:
+        break;
+    }
+
+    if (request.command == nbd::Command::kDisc) break;
+    const int error = nbd::validate(request, limits_);
+    const std::size_t bytes =
+        request.command == nbd::Command::kRead && !error ? request.length : request.payload_size();
+    while (over_limits(bytes) && !dead_) {
+      reader_waits_ = true;
+      co_await yield();
+    }
+    take_place(bytes);
+    if (error) {
+      parser_.skip_payload();
+      reply_error(request, error, bytes);
+    } else if (request.command == nbd::Command::kRead) {
+      Coroutine::create(run_read(request), "nbd read")->enter();
+    } else if (request.command == nbd::Command::kWrite && request.length > 0) {
+      done = !co_await accept_write(input, request);
+    } else {
+      Coroutine::create(run_other(request), "nbd request")->enter();
+    }
+  }
+
+  // The sender ends once every request that was read is answered, or cannot be.
+  sender_ends_ = true;
+  if (std::exchange(sender_waits_, false)) co_schedule(*context_, *sender_);
+  while (sender_) {
+    reader_waits_ = true;
+    co_await yield();
+  }
+}
+
+Task<bool> NbdConnection::accept_write(std::span<const std::byte>& input,
+                                       const nbd::Request& request) {
+  WritePayload payload;
+  payload.chunk = chunk_;
+  payload.front = parser_.take_payload(input);
+  payload.rest_size = parser_.payload_left();
+  if (payload.rest_size > 0) {
+    // Received straight to where the disk takes it from.
+    payload.rest.reset(static_cast<std::byte*>(std::malloc(payload.rest_size)));
+    if (!payload.rest) {
+      parser_.skip_payload();
+      reply_error(request, ENOMEM, request.length);
+      co_return true;
+    }
+    std::span<std::byte> missing(payload.rest.get(), payload.rest_size);
+    while (!missing.empty()) {
+      const std::int64_t n = co_await io_recv(socket_.get(), missing, MSG_WAITALL);
+      if (n <= 0) {
+        if (receiving()) give_up("vanished in the middle of a write");
+        // There is nobody to answer: the place is given back with the rest of the connection.
+        --requests_in_flight_;
+        bytes_in_flight_ -= request.length;
+        co_return false;
+      }
+      missing = missing.subspan(static_cast<std::size_t>(n));
+    }
+    parser_.payload_received(static_cast<std::uint32_t>(payload.rest_size));
+  }
+  Coroutine::create(run_write(request, std::move(payload)), "nbd write")->enter();
+  co_return true;
+}
+
+// ---- Requests
+
+Task<void> NbdConnection::run_read(nbd::Request request) {
+  Reply* reply = Reply::make(request.length, request.length);
+  if (!reply) {
+    reply_error(request, ENOMEM, request.length);
+    co_return;
+  }
+  const Result<void> result = co_await disk_->read(request.offset, reply->payload());
+  if (!result) {
+    Reply::free(reply);
+    reply_result(request, result, request.length);
+    co_return;
+  }
+  reply->set_header(0, request.cookie);
+  queue(reply);
+}
+
+Task<void> NbdConnection::run_write(nbd::Request request, WritePayload payload) {
+  std::array<iovec, 2> pieces{
+      iovec{const_cast<std::byte*>(payload.front.data()), payload.front.size()},
+      iovec{payload.rest.get(), payload.rest_size}};
+  std::span<const iovec> data = pieces;
+  if (payload.front.empty()) data = data.last(1);
+  if (payload.rest_size == 0) data = data.first(1);
+  const Result<void> result = co_await disk_->write(request.offset, data, request.fua());
+  reply_result(request, result, request.length);
+}
+
+Task<void> NbdConnection::run_other(nbd::Request request) {
+  Result<void> result;
+  if (request.command == nbd::Command::kFlush) {
+    result = co_await disk_->flush();
+  } else if (request.command == nbd::Command::kTrim) {
+    result = co_await disk_->discard(request.offset, request.length);
+    if (result && request.fua()) result = co_await disk_->flush();
+  } else if (request.command == nbd::Command::kWriteZeroes) {
+    const ZeroFlags flags{.may_unmap = !request.no_hole(), .fua = request.fua()};
+    result = co_await disk_->write_zeroes(request.offset, request.length, flags);
+  }
+  reply_result(request, result, request.payload_size());
+}
+
+void NbdConnection::reply_result(const nbd::Request& request, const Result<void>& result,
+                                 std::size_t bytes_held) {
+  if (!result && logged_errors_ < kMaxLoggedErrors) {
+    ++logged_errors_;
+    server_.log("export '" + export_name_ + "': " + peer_ + ": " + result.error().message() +
+                (logged_errors_ == kMaxLoggedErrors ? " (the last one shown)" : ""));
+  }
+  reply_error(request, result ? 0 : result.error().code(), bytes_held);
+}
+
+void NbdConnection::reply_error(const nbd::Request& request, int error, std::size_t bytes_held) {
+  Reply* reply = Reply::make(0, bytes_held);
+  if (!reply) {
+    // Not even sixteen bytes: the client cannot be told, so it has to go.
+    --requests_in_flight_;
+    bytes_in_flight_ -= bytes_held;
+    give_up("out of memory");
+    return;
+  }
+  reply->set_header(error, request.cookie);
+  queue(reply);
+}
+
+// ---- The sender
+
+void NbdConnection::queue(Reply* reply) noexcept {
+  (last_reply_ ? last_reply_->next : first_reply_) = reply;
+  last_reply_ = reply;
+  // Not woken but scheduled: it gets its turn after everything that is ready now.
+  if (std::exchange(sender_waits_, false)) co_schedule(*context_, *sender_);
+}
+
+Task<void> NbdConnection::sender() {
+  std::array<iovec, kMaxRepliesPerSend> pieces;
+  for (;;) {
+    if (!first_reply_) {
+      if (sender_ends_ && requests_in_flight_ == 0) break;
+      sender_waits_ = true;
+      co_await yield();
+      continue;
+    }
+    Reply* const first = first_reply_;
+    std::size_t count = 0;
+    std::size_t left = 0;
+    for (Reply* reply = first; reply && count < pieces.size(); reply = reply->next) {
+      pieces[count++] = iovec{reply->bytes(), reply->size};
+      left += reply->size;
+    }
+
+    std::span<iovec> unsent(pieces.data(), count);
+    while (left > 0 && !dead_) {
+      msghdr message{};
+      message.msg_iov = unsent.data();
+      message.msg_iovlen = unsent.size();
+      const std::int64_t n = co_await io_sendmsg(socket_.get(), message, MSG_WAITALL);
+      if (n < 0) {
+        if (n != -EPIPE && n != -ECONNRESET) {
+          give_up(Error(static_cast<int>(-n), "send").message());
+        }
+        dead_ = true;
+        ::shutdown(socket_.get(), SHUT_RDWR);
+        break;
+      }
+      left -= static_cast<std::size_t>(n);
+      for (auto sent = static_cast<std::size_t>(n); sent > 0 && left > 0;) {
+        iovec& piece = unsent.front();
+        const std::size_t part = std::min(sent, piece.iov_len);
+        piece.iov_base = static_cast<std::byte*>(piece.iov_base) + part;
+        piece.iov_len -= part;
+        sent -= part;
+        if (piece.iov_len == 0) unsent = unsent.subspan(1);
+      }
+    }
+
+    for (std::size_t i = 0; i < count; ++i) {
+      Reply* const reply = first_reply_;
+      first_reply_ = reply->next;
+      if (!first_reply_) last_reply_ = nullptr;
+      --requests_in_flight_;
+      bytes_in_flight_ -= reply->bytes_held;
+      Reply::free(reply);
+    }
+    wake_reader();
+  }
+  sender_ = nullptr;
+  wake_reader();
+}
+
+}  // namespace roost

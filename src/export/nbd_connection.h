@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: MIT
+// One NBD client.
+//
+// Three kinds of coroutine work on it, all on one context at a time: the reader negotiates, moves
+// to its final context, receives and parses; a coroutine for each request runs it; the sender sends
+// whatever replies are ready in one call.
+//
+//   receive ──▶ parser ──▶ request coroutine ──▶ disk ──▶ reply queue ──▶ sender ──▶ one sendmsg
+//                 │   (waits while the client is over its limits)             │
+//                 └────────────────◀── a sent reply gives its place back ─────┘
+//
+// Threads: the context the reader is on; stop() and disconnect() from any thread.
+// Lifetime: the server's set and the reader's frame each hold a shared_ptr; requests and the sender
+// have ended before the reader does.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "roost/aio/timer.h"
+#include "roost/export/nbd_server.h"
+#include "roost/nbd/transmission.h"
+
+namespace roost {
+
+class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
+ public:
+  NbdConnection(NbdServer& server, UniqueFd socket);
+  ~NbdConnection();
+
+  /// The reader: serves the client to its end. The root task of the connection's coroutine.
+  static Task<void> run(std::shared_ptr<NbdConnection> self);
+
+  /// No more requests are read; those that were read are answered.
+  void stop() noexcept;
+
+  /// The socket is dead from now on.
+  void disconnect() noexcept;
+
+  /// Where the client was put once it had chosen an export. On the connection's context.
+  struct Place {
+    std::size_t export_index;
+    AioContext* context;
+  };
+  const std::optional<Place>& place() const noexcept { return place_; }
+
+ private:
+  struct Chunk;
+  struct Reply;
+  struct WritePayload;
+
+  Task<bool> negotiate();
+  Task<bool> send_all(std::span<const std::byte> bytes);
+  Task<void> transmit();
+  Task<bool> accept_write(std::span<const std::byte>& input, const nbd::Request& request);
+  Task<void> sender();
+
+  Task<void> run_read(nbd::Request request);
+  Task<void> run_write(nbd::Request request, WritePayload payload);
+  Task<void> run_other(nbd::Request request);
+
+  bool over_limits(std::size_t bytes) const noexcept;
+  void take_place(std::size_t bytes) noexcept;
+  void reply_error(const nbd::Request& request, int error, std::size_t bytes_held);
+  void reply_result(const nbd::Request& request, const Result<void>& result,
+                    std::size_t bytes_held);
+  void queue(Reply* reply) noexcept;
+  void give_up(std::string why);
+  void wake_reader() noexcept;
+  bool receiving() const noexcept { return !stopping_.load(std::memory_order_relaxed); }
+
+  NbdServer& server_;
+  const UniqueFd socket_;
+  const std::string peer_;
+  std::atomic<bool> stopping_{false};
+
+  // The connection's context.
+  AioContext* context_ = nullptr;
+  std::optional<Place> place_;
+  BlockDriver* disk_ = nullptr;
+  std::string export_name_;
+  nbd::ExportLimits limits_;
+  nbd::RequestParser parser_;
+  std::shared_ptr<Chunk> chunk_;         // being received into; writes in flight share it
+  std::span<const std::byte> unparsed_;  // received beyond the negotiation
+  Coroutine* reader_ = nullptr;
+  bool reader_waits_ = false;  // for places, or for everything to end
+  Coroutine* sender_ = nullptr;
+  bool sender_waits_ = false;
+  bool sender_ends_ = false;  // the reader wants it to end once nothing is in flight
+  bool dead_ = false;         // nothing can be sent any more
+  Reply* first_reply_ = nullptr;
+  Reply* last_reply_ = nullptr;
+  unsigned requests_in_flight_ = 0;  // read, reply not yet sent
+  std::size_t bytes_in_flight_ = 0;
+  unsigned logged_errors_ = 0;
+};
+
+}  // namespace roost
