@@ -2,6 +2,11 @@
 # What `cmake --install` puts where: the layers as static libraries with their headers, the program
 # and its man page, and what find_package(roost) and pkg-config need to find them.
 
+# In a build folder the program stands on top, where one looks for it.
+if(TARGET roost)
+  set_target_properties(roost PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR})
+endif()
+
 option(ROOST_INSTALL "Make the install target" ${PROJECT_IS_TOP_LEVEL})
 if(NOT ROOST_INSTALL)
   return()

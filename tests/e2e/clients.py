@@ -124,10 +124,10 @@ def nbdinfo_describes_the_export(test):
         for key, wanted in (("is_read_only", False), ("can_flush", True), ("can_fua", True),
                             ("can_trim", True), ("can_zero", True), ("can_multi_conn", True)):
             check_equal(export[key], wanted, key)
-        least = export["block_minimum"]
+        least = export["block_size_minimum"]
         check(1 <= least <= 512 and least & (least - 1) == 0, f"minimum block size {least}")
-        check(export["block_preferred"] >= 4096, f"preferred {export['block_preferred']}")
-        check_equal(export["block_maximum"], 32 * MIB, "maximum block size")
+        check(export["block_size_preferred"] >= 4096, f"preferred {export['block_size_preferred']}")
+        check_equal(export["block_size_maximum"], 32 * MIB, "maximum block size")
     with test.serve(disk, "--read-only") as daemon:
         export = json.loads(run("nbdinfo", "--json", daemon.uri).stdout)["exports"][0]
         check_equal(export["is_read_only"], True, "is_read_only")

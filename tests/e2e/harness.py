@@ -3,6 +3,7 @@
 registering cases, and checks that say what they saw."""
 
 import ctypes
+import hashlib
 import os
 import re
 import select
@@ -168,11 +169,11 @@ def same_contents(path, other):
 
 
 def pattern_file(path, size, seed=1):
-    """A file in which every 4 KiB block differs from every other."""
+    """A file without zeroes, in which every 4 KiB block differs from every other."""
     with open(path, "wb") as file:
         for block in range(0, size, 4096):
-            unit = (block * 2654435761 + seed).to_bytes(16, "little")
-            file.write((unit * 256)[: min(4096, size - block)])
+            unit = hashlib.sha256(f"{seed}:{block}".encode()).digest().replace(b"\0", b"\1")
+            file.write((unit * 128)[: min(4096, size - block)])
 
 
 def sparse_file(path, size):

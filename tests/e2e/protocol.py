@@ -127,16 +127,21 @@ def bad_requests_get_errors(test):
 def zeroes_and_trims(test):
     disk = test.path("disk.img")
     pattern_file(disk, SIZE)
+    with open(disk, "rb") as file:
+        contents = file.read()
     with test.serve(disk) as daemon:
         with Client(daemon.uri) as client:
             check_equal(client.call(CMD_WRITE_ZEROES, 1000, 100000)[0], 0, "WRITE_ZEROES")
             check_equal(client.read(1000, 100000), bytes(100000), "zeroed")
-            check(client.read(999, 1) + client.read(101000, 1) != b"\0\0", "zeroed too much")
+            check(client.read(0, 1000) == contents[:1000], "zeroed what stands before")
+            check(client.read(101000, 9000) == contents[101000:110000], "zeroed what follows")
             check_equal(client.call(CMD_WRITE_ZEROES, MIB, MIB, flags=CMD_FLAG_NO_HOLE)[0], 0,
                         "WRITE_ZEROES with NO_HOLE")
             check_equal(client.read(MIB, MIB), bytes(MIB), "zeroed")
             check_equal(client.call(CMD_TRIM, 4 * MIB, MIB)[0], 0, "TRIM")
             check_equal(client.call(CMD_FLUSH)[0], 0, "FLUSH")
+            check(client.read(3 * MIB, MIB) == contents[3 * MIB:4 * MIB], "trimmed before")
+            check(client.read(5 * MIB, MIB) == contents[5 * MIB:6 * MIB], "trimmed behind")
             client.disconnect()
 
 

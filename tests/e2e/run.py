@@ -64,9 +64,10 @@ def main():
         return SKIPPED
     except Exception as error:  # noqa: BLE001: everything is a failed test
         if isinstance(error, harness.Failure):
-            frame = traceback.extract_tb(error.__traceback__)
-            where = [f for f in frame if not f.filename.endswith("harness.py")][-1]
-            print(f"{where.filename}:{where.lineno}: {where.line}\n{error}")
+            for frame in traceback.extract_tb(error.__traceback__)[1:]:
+                if not frame.filename.endswith("harness.py"):
+                    print(f"{frame.filename}:{frame.lineno}: {frame.line}")
+            print(error)
         else:
             traceback.print_exc()
         for daemon in test.daemons:
