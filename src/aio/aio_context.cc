@@ -164,6 +164,7 @@ void AioContext::close() noexcept {
   // Nobody gets in from here on; what was queued is judged below.
   added_.append(inbox_.close());
   batch_.append(added_);
+  batch_.append(idle_due_);
   batch_.append(idle_);
   while (QueueEntry* entry = batch_.pop()) {
     if (entry->kind == QueueEntry::Kind::kCoroutine) {
@@ -253,7 +254,9 @@ void AioContext::notify() noexcept {
 }
 
 bool AioContext::end_of_notify(CallbackEntry& entry) noexcept {
-  static_cast<NotifyEntry&>(entry).queued.exchange(false, std::memory_order_acq_rel);
+  auto& notify = static_cast<NotifyEntry&>(entry);
+  notify.queued.exchange(false, std::memory_order_acq_rel);
+  notify.context.notified_ = true;
   return false;
 }
 
@@ -273,12 +276,14 @@ bool AioContext::poll(bool blocking) {
   }
   take_inbox();
   bool progress = dispatch_entries();
-  const bool more = !batch_.empty() || !added_.empty();
+  const bool more = !batch_.empty() || !added_.empty() || !idle_due_.empty();
   if (!progress || entries_since_io_ >= kMaxEntriesBeforeIo) {
-    progress |= serve_io(blocking && !progress && !more);
+    progress |= serve_io(blocking && !progress && !more && !notified_);
     take_inbox();
     if (!progress) progress = dispatch_entries();
   }
+  // A blocking poll that returns has heeded the notify() that it met, if any.
+  if (blocking) notified_ = false;
   return progress;
 }
 
@@ -306,18 +311,18 @@ bool AioContext::dispatch_entries() {
 }
 
 bool AioContext::serve_io(bool may_block) {
-  const bool idle_waits = !idle_.empty();
+  idle_due_.append(idle_);
   bool progress = wait(may_block ? wait_limit_ns() : 0);
   last_io_ns_ = clock().now_ns();
   entries_since_io_ = 0;
   if (!timers_.empty()) progress |= timers_.run_due(last_io_ns_);
-  if (idle_waits) run_idle();
+  run_idle();
   return progress;
 }
 
 // How long there is nothing to do but wait; negative: until woken.
 std::int64_t AioContext::wait_limit_ns() const noexcept {
-  std::int64_t limit = idle_.empty() ? -1 : kIdlePeriodNs;
+  std::int64_t limit = idle_due_.empty() ? -1 : kIdlePeriodNs;
   if (!timers_.empty()) {
     const std::int64_t until =
         std::max<std::int64_t>(0, timers_.next_deadline_ns() - clock().now_ns());
@@ -345,11 +350,18 @@ bool AioContext::wait(std::int64_t timeout_ns) {
   if (!inbox_.try_sleep()) return io.poll(0);
   ++statistics_.sleeps;
   poll_budget_.sleeps();
+  wait_began_ns_ = start;
+  asleep_ = true;
   const bool progress = io.poll(timeout_ns);
+  wait_ended();
+  return progress;
+}
+
+void AioContext::wake_up() noexcept {
+  asleep_ = false;
   poll_budget_.woke();
   if (inbox_.wake_up()) ++signals_owed_;
-  adapt_spinning(clock().now_ns() - start);
-  return progress;
+  adapt_spinning(clock().now_ns() - wait_began_ns_);
 }
 
 // Busy-waits; true as soon as there is something to do.
@@ -389,11 +401,16 @@ bool AioContext::call_poll_hooks() {
   for (auto& [fd, watch] : watches_) {
     if (watch->handler->poll && watch->handler->poll()) ready.push_back(fd);
   }
+  // Each callback may remove or replace any handler, its own included, and poll: a watch is looked
+  // up anew after each, and not touched any more once it has called one.
   for (int fd : ready) {
-    // An earlier callback may have removed or replaced it.
-    if (auto found = watches_.find(fd); found != watches_.end()) {
-      found->second->dispatch(POLLIN | POLLOUT);
-    }
+    auto found = watches_.find(fd);
+    if (found == watches_.end()) continue;
+    const auto handler = found->second->handler;
+    if (handler->read) handler->read();
+    found = watches_.find(fd);
+    if (found == watches_.end() || found->second->handler != handler) continue;
+    if (handler->write) handler->write();
   }
   return !ready.empty();
 }
@@ -414,15 +431,11 @@ void AioContext::adapt_spinning(std::int64_t waited_ns) noexcept {
   spin_ns_ = std::min(std::max(spin_ns_ * 2, kFirstSpinNs), options_.poll_max_ns);
 }
 
-bool AioContext::run_idle() {
-  EntryQueue due;
-  std::swap(due, idle_);
-  bool ran = false;
-  while (QueueEntry* entry = due.pop()) {
-    ran = true;
+// A nested poll goes on with those that are due.
+void AioContext::run_idle() {
+  while (QueueEntry* entry = idle_due_.pop()) {
     BottomHalf::Core::run_now(static_cast<BottomHalf::Core&>(static_cast<CallbackEntry&>(*entry)));
   }
-  return ran;
 }
 
 // ---- Descriptors
@@ -431,7 +444,6 @@ void AioContext::set_fd_handler(int fd, FdHandler handler) {
   ROOST_CHECK(current() == this, "handler of descriptor {} changed outside of context '{}'", fd,
               name());
   const bool remove = !handler.read && !handler.write;
-  BackEnd& io = back_end();
   auto found = watches_.find(fd);
   if (found == watches_.end()) {
     if (remove) return;
@@ -447,7 +459,12 @@ void AioContext::set_fd_handler(int fd, FdHandler handler) {
     if (handler.poll) ++poll_hooks_;
     watch.handler = std::make_shared<const FdHandler>(std::move(handler));
   }
-  io.watch_changed(watch);
+  // The thread that polls first makes the back end, and this may be another: it looks then.
+  if (back_end_) {
+    back_end_->watch_changed(watch);
+  } else if (remove) {
+    delete &watch;
+  }
 }
 
 void AioContext::set_event_notifier(EventNotifier& notifier, std::function<void()> callback) {

@@ -40,11 +40,15 @@ void BottomHalf::Core::request(std::uint64_t bits) {
 bool BottomHalf::Core::run_now(Core& core) noexcept {
   const std::uint64_t bits = core.flags.take();
   if (bits & Flags::kDeleted) {
-    delete &core;
+    // Under a nested poll of its own callback, that callback is still needed.
+    core.deleted = true;
+    if (core.running == 0) delete &core;
     return false;
   }
   if (!(bits & Flags::kScheduled)) return false;  // cancelled
+  ++core.running;
   core.callback();
+  if (--core.running == 0 && core.deleted) delete &core;
   return !(bits & Flags::kIdle);
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The part of a bottom half that its context keeps: the entry, the flags and the callback.
 //
-// Threads and lifetime: as BottomHalf; freed on the home thread, at the turn that finds it deleted.
+// Threads and lifetime: as BottomHalf; freed on the home thread, at the turn that finds it deleted
+// or, where that comes in a nested poll of its own callback, when the callback returns.
 #pragma once
 
 #include "roost/aio/aio_context.h"
@@ -21,6 +22,10 @@ struct BottomHalf::Core : CallbackEntry {
   AioContext& context;
   BottomHalfFlags<RealPlatform> flags;
   std::function<void()> callback;
+
+  // Home thread.
+  unsigned running = 0;  // calls of the callback on the stack; a nested poll may run it again
+  bool deleted = false;  // its last turn has come: the outermost call frees it
 };
 
 }  // namespace roost

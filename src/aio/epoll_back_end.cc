@@ -57,6 +57,7 @@ class EpollBackEnd final : public BackEnd {
 
   bool poll(std::int64_t timeout_ns) override {
     immediate_ = 0;
+    if (deferred_head_ || next_ready_ < ready_count_) context_.wait_ended();  // there is no wait
     bool progress = complete_deferred();
     if (next_ready_ == ready_count_) {
       gather(progress ? 0 : timeout_ns);
@@ -171,6 +172,7 @@ class EpollBackEnd final : public BackEnd {
         ::epoll_pwait2(epoll_fd_.get(), ready_.data(), static_cast<int>(ready_.size()),
                        timeout_ns < 0 ? nullptr : &limit, nullptr);
     if (count > 0) ready_count_ = static_cast<unsigned>(count);
+    context_.wait_ended();
     return ready_count_ > 0;
   }
 
@@ -203,22 +205,24 @@ class EpollBackEnd final : public BackEnd {
   }
 
   bool dispatch_socket(int fd, std::uint32_t events) {
+    constexpr std::uint32_t kBoth = EPOLLERR | EPOLLHUP;
+    bool progress = false;
+    if (events & (EPOLLIN | kBoth)) progress |= retry_direction(fd, &SocketWait::recv);
+    if (events & (EPOLLOUT | kBoth)) progress |= retry_direction(fd, &SocketWait::send);
+    return progress;
+  }
+
+  // What is not tried stays in the table, armed, where a nested poll finds it.
+  bool retry_direction(int fd, IoRequest* SocketWait::*direction) {
     const auto found = sockets_.find(fd);
     if (found == sockets_.end()) return false;
-    constexpr std::uint32_t kBoth = EPOLLERR | EPOLLHUP;
-    IoRequest* recv =
-        events & (EPOLLIN | kBoth) ? std::exchange(found->second.recv, nullptr) : nullptr;
-    IoRequest* send =
-        events & (EPOLLOUT | kBoth) ? std::exchange(found->second.send, nullptr) : nullptr;
-    const bool still_waits = found->second.recv || found->second.send;
-    if (still_waits) {
+    IoRequest* const request = std::exchange(found->second.*direction, nullptr);
+    if (found->second.recv || found->second.send) {
       arm_socket(fd, found->second);
     } else {
       sockets_.erase(found);
     }
-    const bool received = recv && retry(*recv);
-    const bool sent = send && retry(*send);
-    return received || sent;
+    return request && retry(*request);
   }
 
   bool retry(IoRequest& request) {

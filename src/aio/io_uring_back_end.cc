@@ -66,7 +66,9 @@ class IoUringBackEnd final : public BackEnd {
     io_uring_prep_cancel64(sqe, 0, IORING_ASYNC_CANCEL_ANY | IORING_ASYNC_CANCEL_ALL);
     io_uring_sqe_set_data64(sqe, kNobody);
     while (outstanding_ > 0) {
-      io_uring_submit_and_wait(&ring_, 1);
+      ROOST_CHECK(io_uring_submit_and_wait(&ring_, 1) != -EEXIST,
+                  "the ring of context '{}' goes on another thread than the one that polled it",
+                  context_.name());
       reap();
     }
     io_uring_queue_exit(&ring_);
@@ -85,6 +87,7 @@ class IoUringBackEnd final : public BackEnd {
       io_uring_cqe* first = nullptr;
       io_uring_submit_and_wait_timeout(&ring_, &first, 1, &limit, nullptr);
     }
+    context_.wait_ended();
     return reap();
   }
 

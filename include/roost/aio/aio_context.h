@@ -129,6 +129,12 @@ class AioContext final : public CoContext {
   /// For the back end: the eventfd was read and held `count` signals.
   void signalled(std::uint64_t count) noexcept { signals_received_ += count; }
 
+  /// For the back end: the system call that waits has returned. Called before anything that came
+  /// of it is dispatched, so that callbacks find the context awake, and may wait themselves.
+  void wait_ended() noexcept {
+    if (asleep_) wake_up();
+  }
+
   /// Iterations that went to sleep, and busy waits that ended with work; for tests and statistics.
   struct Statistics {
     std::uint64_t sleeps = 0;
@@ -147,11 +153,12 @@ class AioContext final : public CoContext {
   void make_back_end();
   void take_inbox() noexcept;
   bool dispatch_entries();
-  bool run_idle();
+  void run_idle();
   bool serve_io(bool may_block);
   bool wait(std::int64_t timeout_ns);
   bool spin(std::int64_t limit_ns);
   bool call_poll_hooks();
+  void wake_up() noexcept;
   void adapt_spinning(std::int64_t waited_ns) noexcept;
   std::int64_t wait_limit_ns() const noexcept;
   void close() noexcept;
@@ -169,22 +176,27 @@ class AioContext final : public CoContext {
   // Any thread.
   Inbox<RealPlatform, QueueEntry> inbox_;
   struct NotifyEntry : CallbackEntry {
-    NotifyEntry() noexcept : CallbackEntry(&end_of_notify) {}
+    explicit NotifyEntry(AioContext& ctx) noexcept : CallbackEntry(&end_of_notify), context(ctx) {}
+    AioContext& context;
     std::atomic<bool> queued{false};  // true: somebody owns the entry and has posted it
   };
-  NotifyEntry notify_entry_;
+  NotifyEntry notify_entry_{*this};
   std::atomic<int> bottom_halves_{0};  // alive
 
   // Home thread.
-  EntryQueue batch_;  // taken, to be run in this iteration
-  EntryQueue added_;  // posted by this thread while dispatching: the next iteration's
-  EntryQueue idle_;   // idle bottom halves whose time has not come
+  EntryQueue batch_;     // taken, to be run in this iteration
+  EntryQueue added_;     // posted by this thread while dispatching: the next iteration's
+  EntryQueue idle_;      // idle bottom halves whose time has not come
+  EntryQueue idle_due_;  // those whose time has come: all of idle_ after a wait
   TimerQueue timers_;
   std::unordered_map<int, FdWatch*> watches_;
   int poll_hooks_ = 0;  // watches that have one
   std::unique_ptr<BackEnd> back_end_;
   unsigned entries_since_io_ = 0;
   std::int64_t last_io_ns_ = 0;
+  bool notified_ = false;               // a notify() took effect that no blocking poll has heeded
+  bool asleep_ = false;                 // the inbox says sleeping, or a producer has replaced that
+  std::int64_t wait_began_ns_ = 0;      // while asleep_
   std::int64_t spin_ns_ = 0;            // how long to busy-wait now, at most poll_max_ns
   unsigned spin_holdoff_ = 0;           // paying sleeps to see before spinning is tried again
   unsigned spin_penalty_ = 0;           // what the holdoff will be next time
