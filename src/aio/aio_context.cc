@@ -20,7 +20,7 @@ namespace {
 
 constexpr unsigned kMaxEntriesBeforeIo = 64;
 constexpr std::int64_t kMaxNsBeforeIo = 50'000;
-constexpr unsigned kEntriesPerClockReading = 8;
+constexpr unsigned kEntriesPerClockReading = 32;
 constexpr std::int64_t kIdlePeriodNs = 10'000'000;
 
 // Busy waiting. It starts short and doubles, looks at the clock after a handful of checks, and
@@ -33,47 +33,7 @@ constexpr unsigned kMaxSpinPenalty = 1024;
 
 }  // namespace
 
-// ---- Queues and scopes
-
-void EntryQueue::push(QueueEntry& entry) noexcept {
-  entry.next.set(nullptr);
-  if (tail_) {
-    tail_->next.set(&entry);
-  } else {
-    head_ = &entry;
-  }
-  tail_ = &entry;
-}
-
-void EntryQueue::append(QueueEntry* first) noexcept {
-  if (!first) return;
-  if (tail_) {
-    tail_->next.set(first);
-  } else {
-    head_ = first;
-  }
-  while (QueueEntry* next = first->next.get()) first = next;
-  tail_ = first;
-}
-
-void EntryQueue::append(EntryQueue& other) noexcept {
-  if (!other.head_) return;
-  if (tail_) {
-    tail_->next.set(other.head_);
-  } else {
-    head_ = other.head_;
-  }
-  tail_ = other.tail_;
-  other.head_ = other.tail_ = nullptr;
-}
-
-QueueEntry* EntryQueue::pop() noexcept {
-  QueueEntry* entry = head_;
-  if (!entry) return nullptr;
-  head_ = entry->next.get();
-  if (!head_) tail_ = nullptr;
-  return entry;
-}
+// ---- Scopes
 
 // Whenever a context becomes current, what this thread (among others) posted to it from outside is
 // taken first, so that it stays in front of what the thread then posts from inside.
@@ -162,7 +122,8 @@ AioContext::~AioContext() {
 
 void AioContext::close() noexcept {
   // Nobody gets in from here on; what was queued is judged below.
-  added_.append(inbox_.close());
+  const auto last = inbox_.close();
+  added_.append(last.oldest, last.newest);
   batch_.append(added_);
   batch_.append(idle_due_);
   batch_.append(idle_);
@@ -229,7 +190,7 @@ const char* AioContext::back_end_name() const noexcept {
 
 bool AioContext::post(QueueEntry& entry) noexcept {
   if (this_thread().context == this) {
-    added_.push(entry);
+    post_here(entry);
     return true;
   }
   switch (inbox_.push(entry)) {
@@ -269,45 +230,67 @@ void AioContext::blocking_call_check(const char* what) const {
 // ---- One iteration
 
 bool AioContext::poll(bool blocking) {
-  if (blocking) blocking_call_check("a blocking poll");
-  if (current() != this) {
+  ThreadState& thread = this_thread();
+  if (blocking && thread.driver) blocking_call_check("a blocking poll");
+  if (thread.context != this) {
     ContextScope scope(*this);
     return poll(blocking);
   }
-  take_inbox();
-  bool progress = dispatch_entries();
-  const bool more = !batch_.empty() || !added_.empty() || !idle_due_.empty();
+  // While there is a rest of what was taken before, it comes first.
+  if (batch_.empty()) take_inbox();
+  bool progress = dispatch_entries(thread);
   if (!progress || entries_since_io_ >= kMaxEntriesBeforeIo) {
+    const bool more = !batch_.empty() || !added_.empty() || !idle_due_.empty();
     progress |= serve_io(blocking && !progress && !more && !notified_);
-    take_inbox();
-    if (!progress) progress = dispatch_entries();
+    if (!progress) {
+      take_inbox();
+      progress = dispatch_entries(thread);
+    }
   }
   // A blocking poll that returns has heeded the notify() that it met, if any.
   if (blocking) notified_ = false;
   return progress;
 }
 
-void AioContext::take_inbox() noexcept { added_.append(inbox_.take()); }
+void AioContext::take_inbox() noexcept {
+  const auto taken = inbox_.take();
+  added_.append(taken.oldest, taken.newest);
+}
 
-// Runs what had been queued when it was called.
-bool AioContext::dispatch_entries() {
+// Runs what had been queued when it was called, as far as the limits go.
+bool AioContext::dispatch_entries(ThreadState& thread) {
   batch_.append(added_);
   bool progress = false;
   while (entries_since_io_ < kMaxEntriesBeforeIo) {
-    QueueEntry* entry = batch_.pop();
+    QueueEntry* const entry = batch_.pop();
     if (!entry) break;
+    // The next entry was fetched when this one's turn came; now the frame behind it is, and the
+    // entry after it. Long queues are cold.
+    if (const QueueEntry* next = batch_.front()) {
+      if (next->kind == QueueEntry::Kind::kCoroutine) {
+        prefetch_entry(static_cast<const CoroutineEntry&>(*next));
+      }
+      __builtin_prefetch(next->next.get());
+    }
     if (entry->kind == QueueEntry::Kind::kCoroutine) {
-      progress |= run_entry(*this, static_cast<CoroutineEntry&>(*entry));
+      progress |= run_entry(thread, *this, static_cast<CoroutineEntry&>(*entry));
     } else {
       auto& callback = static_cast<CallbackEntry&>(*entry);
       progress |= callback.run(callback);
     }
-    if (++entries_since_io_ % kEntriesPerClockReading == 0 &&
-        clock().now_ns() - last_io_ns_ > kMaxNsBeforeIo) {
-      entries_since_io_ = kMaxEntriesBeforeIo;
-    }
+    ++entries_since_io_;
+    if (entries_to_clock_-- == 0) look_at_clock();
   }
   return progress;
+}
+
+// Ends the turn of the entries once they have had their time. The clock costs as much as a few
+// short entries, so it is looked at seldom as long as they are short.
+void AioContext::look_at_clock() noexcept {
+  const std::int64_t now = clock().now_ns();
+  const bool over = now - last_io_ns_ > kMaxNsBeforeIo;
+  if (over) entries_since_io_ = kMaxEntriesBeforeIo;
+  entries_to_clock_ = over ? 0 : kEntriesPerClockReading;
 }
 
 bool AioContext::serve_io(bool may_block) {

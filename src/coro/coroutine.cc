@@ -65,8 +65,8 @@ struct Driver {
   }
 
   // Runs `co`, whose state is running, and then those that it, and they in turn, woke.
-  static void drive(Coroutine& co) noexcept {
-    Driver driver(this_thread());
+  static void drive(Coroutine& co, ThreadState& thread) noexcept {
+    Driver driver(thread);
     driver.run(co);
     for (unsigned woken = 0; driver.wake_head; ++woken) {
       Coroutine& next = *driver.take_first();
@@ -77,7 +77,7 @@ struct Driver {
         const auto schedule = next.state_.reschedule_listed(driver.context->index());
         const auto place = next.placed_at_.load(std::memory_order_relaxed);
         if (!schedule.won) next.misuse("wake", place, schedule.seen);
-        next.post_schedule(*driver.context, schedule, place);
+        next.post_schedule(*driver.context, thread, schedule, place);
       }
     }
   }
@@ -88,13 +88,14 @@ struct Driver {
     if (co.home_.load(std::memory_order_relaxed) != context) {
       co.home_.store(context, std::memory_order_release);
     }
+    // Each frame that stops says what comes next: a child, its parent, or (null) nothing.
+    co.next_ = co.suspended_at_;
     do {
-      std::coroutine_handle<> frame = std::exchange(co.next_, nullptr);
-      frame.resume();
-    } while (!co.publish_ && co.next_);
+      co.next_.resume();
+    } while (co.next_);
     self = nullptr;
     if (const auto publish = std::exchange(co.publish_, nullptr)) {
-      publish(co, co.closure_);
+      publish(co, thread, co.closure_);
     } else {
       finish(co);
     }
@@ -129,11 +130,11 @@ struct Driver {
 
 Coroutine::Coroutine(std::coroutine_handle<> root, CoContext* home) noexcept
     : state_(home ? home->index() : 0),
-      home_(home),
-      placed_at_(Place{}),
       entry_(*this, true),
-      next_(root),
       root_(root),
+      placed_at_(Place{}),
+      home_(home),
+      suspended_at_(root),
       name_("") {}
 
 Coroutine* Coroutine::create(Task<void> task, const char* name) {
@@ -158,13 +159,14 @@ Coroutine* Coroutine::self() noexcept {
 }
 
 void Coroutine::enter(Place place) {
-  CoContext* context = this_thread().context;
+  ThreadState& thread = this_thread();
+  CoContext* context = thread.context;
   ROOST_CHECK(context, "enter of coroutine '{}' at {} outside of any context", name_,
               describe(place));
   const auto claim = state_.claim_direct(context->index());
   if (!claim.won) misuse("enter", place, claim.seen);
   placed_at_.store(place, std::memory_order_relaxed);
-  Driver::drive(*this);
+  Driver::drive(*this, thread);
 }
 
 void Coroutine::misuse(const char* what, Place place, CoStateValue seen) const {
@@ -181,7 +183,8 @@ void Coroutine::misuse(const char* what, Place place, CoStateValue seen) const {
 
 // The schedule is won: from here to the post, the outstanding entry keeps the block alive although
 // the coroutine may already be entered directly, and end, elsewhere.
-void Coroutine::post_schedule(CoContext& context, const StateWord<RealPlatform>::Schedule& schedule,
+void Coroutine::post_schedule(CoContext& context, ThreadState& thread,
+                              const StateWord<RealPlatform>::Schedule& schedule,
                               Place place) noexcept {
   placed_at_.store(place, std::memory_order_relaxed);
   CoroutineEntry* entry = schedule.embedded ? &entry_ : nullptr;
@@ -189,17 +192,27 @@ void Coroutine::post_schedule(CoContext& context, const StateWord<RealPlatform>:
     entry = ::new (allocate_frame(sizeof(CoroutineEntry))) CoroutineEntry(*this, false);
   }
   entry->generation = schedule.generation;
-  if (!context.post(*entry)) [[unlikely]] {
+  if (thread.context == &context) {
+    context.post_here(*entry);
+  } else if (!context.post(*entry)) [[unlikely]] {
     panicf("coroutine '{}' scheduled on the closed context '{}' by {}", name_, context.name(),
            describe(place));
   }
+}
+
+void Coroutine::finish_move(Coroutine& co, ThreadState& thread, const void* awaiter) noexcept {
+  const MoveAwaiter move = *static_cast<const MoveAwaiter*>(awaiter);
+  const auto schedule = co.state_.suspend_scheduled(move.to_->index());
+  if (!schedule.won) [[unlikely]]
+    co.misuse("move", move.place_, schedule.seen);
+  co.post_schedule(*move.to_, thread, schedule, move.place_);
 }
 
 void co_schedule(CoContext& context, Coroutine& co, Coroutine::Place place) {
   const auto schedule = co.state_.schedule(context.index(), false);
   if (!schedule.won) [[unlikely]]
     co.misuse("co_schedule", place, schedule.seen);
-  co.post_schedule(context, schedule, place);
+  co.post_schedule(context, this_thread(), schedule, place);
 }
 
 void Coroutine::wake(Coroutine& co, bool owner, Place place) {
@@ -213,7 +226,7 @@ void Coroutine::wake(Coroutine& co, bool owner, Place place) {
     const auto schedule = co.state_.schedule(home->index(), owner);
     if (!schedule.won) [[unlikely]]
       co.misuse(what, place, schedule.seen);
-    co.post_schedule(*home, schedule, place);
+    co.post_schedule(*home, thread, schedule, place);
   } else if (thread.driver && thread.driver->context == home) {
     const auto claim = co.state_.list(owner);
     if (!claim.won) [[unlikely]]
@@ -225,7 +238,7 @@ void Coroutine::wake(Coroutine& co, bool owner, Place place) {
     if (!claim.won) [[unlikely]]
       co.misuse(what, place, claim.seen);
     co.placed_at_.store(place, std::memory_order_relaxed);
-    Driver::drive(co);
+    Driver::drive(co, thread);
   }
 }
 
@@ -248,12 +261,12 @@ struct EntryCopy {
 
 }  // namespace
 
-bool run_entry(CoContext& context, CoroutineEntry& entry) noexcept {
+bool run_entry(ThreadState& thread, CoContext& context, CoroutineEntry& entry) noexcept {
   const EntryCopy copy(entry);
   using Outcome = StateWord<RealPlatform>::EntryOutcome;
   switch (copy.co.state_.claim_entry(context.index(), copy.generation, copy.embedded)) {
     case Outcome::kRun:
-      Driver::drive(copy.co);
+      Driver::drive(copy.co, thread);
       return true;
     case Outcome::kStale:
       return false;
@@ -262,6 +275,13 @@ bool run_entry(CoContext& context, CoroutineEntry& entry) noexcept {
       return false;
   }
   return false;
+}
+
+void prefetch_entry(const CoroutineEntry& entry) noexcept {
+  // The root frame is most often the one that goes on, and its address never changes.
+  const auto* frame = static_cast<const char*>(entry.co->root_.address());
+  __builtin_prefetch(frame);
+  __builtin_prefetch(frame + 64);
 }
 
 bool drop_entry(CoroutineEntry& entry) noexcept {
@@ -287,12 +307,13 @@ CoroutineRef::~CoroutineRef() {
 }
 
 bool CoroutineRef::try_enter(Coroutine::Place place) {
-  CoContext* context = this_thread().context;
+  ThreadState& thread = this_thread();
+  CoContext* context = thread.context;
   ROOST_CHECK(context, "try_enter of coroutine '{}' at {} outside of any context", co_->name_,
               describe(place));
   if (!co_->state_.claim_direct(context->index()).won) return false;
   co_->placed_at_.store(place, std::memory_order_relaxed);
-  Driver::drive(*co_);
+  Driver::drive(*co_, thread);
   return true;
 }
 

@@ -20,7 +20,7 @@ namespace roost {
 
 namespace {
 
-constexpr std::size_t kGranule = 64;  // keeps the classes few and the waste below a cache line
+constexpr std::size_t kGranule = 16;  // the allocator's below: finer would save nothing
 constexpr std::size_t kClasses = kLargestCachedFrame / kGranule;
 
 struct FreeBlock {

@@ -60,21 +60,6 @@ struct AioContextOptions {
   std::shared_ptr<ThreadPool> thread_pool;
 };
 
-/// A list of queue entries, first in first out.
-class EntryQueue {
- public:
-  bool empty() const noexcept { return !head_; }
-  void push(QueueEntry& entry) noexcept;
-  /// Appends a list linked by next.
-  void append(QueueEntry* first) noexcept;
-  void append(EntryQueue& other) noexcept;
-  QueueEntry* pop() noexcept;
-
- private:
-  QueueEntry* head_ = nullptr;
-  QueueEntry* tail_ = nullptr;
-};
-
 class AioContext final : public CoContext {
  public:
   /// Throws std::system_error: descriptors exhausted, or io_uring demanded and refused.
@@ -152,7 +137,8 @@ class AioContext final : public CoContext {
 
   void make_back_end();
   void take_inbox() noexcept;
-  bool dispatch_entries();
+  bool dispatch_entries(ThreadState& thread);
+  void look_at_clock() noexcept;
   void run_idle();
   bool serve_io(bool may_block);
   bool wait(std::int64_t timeout_ns);
@@ -185,7 +171,6 @@ class AioContext final : public CoContext {
 
   // Home thread.
   EntryQueue batch_;     // taken, to be run in this iteration
-  EntryQueue added_;     // posted by this thread while dispatching: the next iteration's
   EntryQueue idle_;      // idle bottom halves whose time has not come
   EntryQueue idle_due_;  // those whose time has come: all of idle_ after a wait
   TimerQueue timers_;
@@ -193,6 +178,7 @@ class AioContext final : public CoContext {
   int poll_hooks_ = 0;  // watches that have one
   std::unique_ptr<BackEnd> back_end_;
   unsigned entries_since_io_ = 0;
+  unsigned entries_to_clock_ = 0;  // until the clock is looked at again
   std::int64_t last_io_ns_ = 0;
   bool notified_ = false;               // a notify() took effect that no blocking poll has heeded
   bool asleep_ = false;                 // the inbox says sleeping, or a producer has replaced that

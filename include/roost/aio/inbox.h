@@ -60,10 +60,16 @@ class Inbox {
     }
   }
 
-  /// Everything queued, oldest first, linked by next; null if there is nothing.
-  Node* take() noexcept {
+  /// A list linked by next, oldest first; both null if it is empty.
+  struct List {
+    Node* oldest = nullptr;
+    Node* newest = nullptr;
+  };
+
+  /// Everything queued.
+  List take() noexcept {
     // Relaxed: a push that is not seen yet will be seen later, at the latest by try_sleep().
-    if (!is_list(head_.load(std::memory_order_relaxed))) return nullptr;
+    if (!is_list(head_.load(std::memory_order_relaxed))) return {};
     // Acquire pairs with the release of every push in the list.
     return reversed(to_node(head_.exchange(kEmpty, std::memory_order_acquire)));
   }
@@ -90,9 +96,9 @@ class Inbox {
 
   /// Lets nobody in any more, and returns what was still queued, as take() does.
   /// REQUIRES: not sleeping.
-  Node* close() noexcept {
+  List close() noexcept {
     const std::uint64_t seen = head_.exchange(kClosed, std::memory_order_acquire);
-    return is_list(seen) ? reversed(to_node(seen)) : nullptr;
+    return is_list(seen) ? reversed(to_node(seen)) : List{};
   }
 
  private:
@@ -107,15 +113,15 @@ class Inbox {
     return reinterpret_cast<std::uint64_t>(&node);
   }
 
-  static Node* reversed(Node* newest) noexcept {
-    Node* oldest = nullptr;
+  static List reversed(Node* newest) noexcept {
+    List list{.oldest = nullptr, .newest = newest};
     while (newest) {
       Node* older = newest->next.get();
-      newest->next.set(oldest);
-      oldest = newest;
+      newest->next.set(list.oldest);
+      list.oldest = newest;
       newest = older;
     }
-    return oldest;
+    return list;
   }
 
   typename P::template Atomic<std::uint64_t> head_{kEmpty};

@@ -8,9 +8,10 @@
 #include <cstdint>
 #include <string>
 
+#include "roost/coro/queue_entry.h"
+
 namespace roost {
 
-struct QueueEntry;
 struct Driver;
 
 class CoContext {
@@ -22,12 +23,17 @@ class CoContext {
   /// False: the context is closed, and the entry still belongs to the caller.
   [[nodiscard]] virtual bool post(QueueEntry& entry) noexcept = 0;
 
+  /// As post(), on the thread that has this context current.
+  void post_here(QueueEntry& entry) noexcept { added_.push(entry); }
+
   std::uint32_t index() const noexcept { return index_; }
   const std::string& name() const noexcept { return name_; }
 
  protected:
   CoContext(std::uint32_t index, std::string name) : index_(index), name_(std::move(name)) {}
   ~CoContext() = default;
+
+  EntryQueue added_;  // home thread: posted while dispatching, for the next iteration
 
  private:
   std::uint32_t index_;  // below CoStateValue::kMaxContexts, unique among the living

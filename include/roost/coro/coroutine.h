@@ -74,38 +74,50 @@ class Coroutine final : public FrameAllocated {
   friend class Task;
   template <class F>
   friend class SuspendAwaiter;
+  friend class MoveAwaiter;
   friend void co_schedule(CoContext&, Coroutine&, Place);
   friend void co_wake(Coroutine&, Place);
   friend void wake_waiter(Coroutine&, Place);
-  friend bool run_entry(CoContext&, CoroutineEntry&) noexcept;
+  friend bool run_entry(ThreadState&, CoContext&, CoroutineEntry&) noexcept;
+  friend void prefetch_entry(const CoroutineEntry&) noexcept;
   friend bool drop_entry(CoroutineEntry&) noexcept;
 
   // Finishes a suspension from the driver: copies the publish step off the frame, settles the
   // state, and only then runs the step.
-  using Publish = void (*)(Coroutine&, const void* closure) noexcept;
+  using Publish = void (*)(Coroutine&, ThreadState&, const void* closure) noexcept;
 
   explicit Coroutine(std::coroutine_handle<> root, CoContext* home) noexcept;
   ~Coroutine() = default;
 
+  void suspend_at(std::coroutine_handle<> frame, Publish publish, const void* closure) noexcept {
+    next_ = nullptr;
+    suspended_at_ = frame;
+    publish_ = publish;
+    closure_ = closure;
+  }
   void settle(bool waiting) noexcept { state_.suspend(waiting); }
-  void post_schedule(CoContext& context, const StateWord<RealPlatform>::Schedule& schedule,
-                     Place place) noexcept;
+  static void finish_move(Coroutine& co, ThreadState& thread, const void* awaiter) noexcept;
+  void post_schedule(CoContext& context, ThreadState& thread,
+                     const StateWord<RealPlatform>::Schedule& schedule, Place place) noexcept;
   static void wake(Coroutine& co, bool owner, Place place);
   [[noreturn, gnu::cold]] void misuse(const char* what, Place place, CoStateValue seen) const;
 
+  // What scheduling and entering touch comes first, in a cache line or two.
+
   // Anybody, by the state word's rules.
   StateWord<RealPlatform> state_;
+  CoroutineEntry entry_;  // the producer that got `embedded`, then its queue
+  const std::coroutine_handle<> root_;
+  std::atomic<Place> placed_at_;  // who scheduled, woke or entered it last, for messages
   std::atomic<CoContext*> home_;  // written by the driver while running; read by wakers
-  std::atomic<Place> placed_at_;  // who scheduled, woke or entered it last; for messages only
-  CoroutineEntry entry_;          // the producer that got `embedded`, then its queue
 
   // The driver while running; otherwise whoever claims the coroutine next.
-  std::coroutine_handle<> next_;  // what to resume next; null: suspended or ended
-  Publish publish_ = nullptr;     // set by a suspension, with its closure
+  std::coroutine_handle<> suspended_at_;  // where a suspended coroutine goes on
+  std::coroutine_handle<> next_;          // what to resume next; null: suspended or ended
+  Publish publish_ = nullptr;             // set by a suspension, with its closure
   const void* closure_ = nullptr;
   const char* waits_for_ = nullptr;  // the name of the wait while waiting
-  std::coroutine_handle<> root_;
-  Coroutine* link_ = nullptr;  // the driver's wake list while listed
+  Coroutine* link_ = nullptr;        // the driver's wake list while listed
   const char* name_;
 };
 
@@ -152,7 +164,10 @@ class CoroutineRef {
 
 /// The turn of a coroutine's entry has come at `context`, which is current: runs the coroutine if
 /// the entry is live, drops it otherwise. Returns whether it ran. For contexts.
-bool run_entry(CoContext& context, CoroutineEntry& entry) noexcept;
+bool run_entry(ThreadState& thread, CoContext& context, CoroutineEntry& entry) noexcept;
+
+/// The turn of `entry` comes soon: fetches what its coroutine will touch. For contexts.
+void prefetch_entry(const CoroutineEntry& entry) noexcept;
 
 /// Drops an entry that will get no turn, because its context is closing. True if it was live: its
 /// coroutine is lost. For contexts.
@@ -188,17 +203,15 @@ class [[nodiscard]] SuspendAwaiter {
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     static_assert(std::is_base_of_v<PromiseBase, Promise>, "await this inside a roost::Task");
     Coroutine& co = *frame.promise().co;
-    co.next_ = frame;
-    co.closure_ = &publish_;
     co.waits_for_ = waits_for_;
-    co.publish_ = waits_for_ ? &finish<true> : &finish<false>;
+    co.suspend_at(frame, waits_for_ ? &finish<true> : &finish<false>, &publish_);
   }
 
   void await_resume() const noexcept {}
 
  private:
   template <bool kWaiting>
-  static void finish(Coroutine& co, const void* closure) noexcept {
+  static void finish(Coroutine& co, ThreadState&, const void* closure) noexcept {
     F publish = *static_cast<const F*>(closure);
     co.settle(kWaiting);
     // From here on another thread may be running, or have ended, the coroutine.
@@ -221,6 +234,34 @@ SuspendAwaiter<F> suspend(F publish) noexcept {
 template <class F>
 SuspendAwaiter<F> suspend_waiting(const char* waits_for, F publish) noexcept {
   return SuspendAwaiter<F>(waits_for, publish);
+}
+
+/// What move_to() returns: suspends the coroutine and schedules it, in one transition.
+class [[nodiscard]] MoveAwaiter {
+ public:
+  MoveAwaiter(CoContext& to, Coroutine::Place place) noexcept : to_(&to), place_(place) {}
+
+  bool await_ready() const noexcept { return false; }
+
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
+    static_assert(std::is_base_of_v<PromiseBase, Promise>, "await this inside a roost::Task");
+    frame.promise().co->suspend_at(frame, &Coroutine::finish_move, this);
+  }
+
+  void await_resume() const noexcept {}
+
+ private:
+  friend class Coroutine;
+  CoContext* to_;
+  Coroutine::Place place_;
+};
+
+/// `co_await move_to(context)`: goes to the end of the queue of `context`: moves there or, where it
+/// is the own one, lets others run.
+inline MoveAwaiter move_to(CoContext& context,
+                           Coroutine::Place place = Coroutine::Place::current()) noexcept {
+  return MoveAwaiter(context, place);
 }
 
 struct PublishNothing {

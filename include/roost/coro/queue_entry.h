@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "roost/base/platform.h"
 
@@ -44,6 +45,45 @@ struct CallbackEntry : QueueEntry {
   explicit CallbackEntry(Function function) noexcept : QueueEntry(Kind::kCallback), run(function) {}
 
   Function run;
+};
+
+/// A list of entries, first in first out. One thread.
+class EntryQueue {
+ public:
+  bool empty() const noexcept { return !head_; }
+  QueueEntry* front() const noexcept { return head_; }
+
+  void push(QueueEntry& entry) noexcept {
+    entry.next.set(nullptr);
+    append(&entry, &entry);
+  }
+
+  /// Appends a list linked by next, from its first to its last entry (null: none).
+  void append(QueueEntry* first, QueueEntry* last) noexcept {
+    if (!first) return;
+    if (tail_) {
+      tail_->next.set(first);
+    } else {
+      head_ = first;
+    }
+    tail_ = last;
+  }
+
+  void append(EntryQueue& other) noexcept {
+    append(std::exchange(other.head_, nullptr), std::exchange(other.tail_, nullptr));
+  }
+
+  QueueEntry* pop() noexcept {
+    QueueEntry* entry = head_;
+    if (!entry) return nullptr;
+    head_ = entry->next.get();
+    if (!head_) tail_ = nullptr;
+    return entry;
+  }
+
+ private:
+  QueueEntry* head_ = nullptr;
+  QueueEntry* tail_ = nullptr;
 };
 
 }  // namespace roost

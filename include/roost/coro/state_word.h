@@ -29,6 +29,7 @@
 //   listed      running     the driver that listed it               claim_listed
 //   running     idle        the driver that runs it                 suspend
 //   running     waiting     the same                                suspend
+//   running     scheduled   the same, for a move                    suspend_scheduled
 //   running     ended       the same                                end
 //
 // In `idle` and `waiting` the frame belongs to whoever makes the next transition; in `running` to
@@ -218,7 +219,15 @@ class StateWord {
                         seen.generation() == generation;
       CoStateValue next = seen.one_entry_less();
       if (embedded) next = next.with_embedded(false);
-      if (live) next = next.with(CoState::kRunning, false);
+      if (live) {
+        next = next.with(CoState::kRunning, false);
+        if (next.entries() == 0) {
+          // Nobody else counts: no other entry, and no CoroutineRef, without which a direct entry
+          // must not race with this turn. A store suffices; release hands on what peek() acquired.
+          word_.store(next.bits(), std::memory_order_release);
+          return EntryOutcome::kRun;
+        }
+      }
       if (!swap(seen, next)) continue;
       if (live) return EntryOutcome::kRun;
       return seen.state() == CoState::kEnded && next.entries() == 0 ? EntryOutcome::kFreeBlock
@@ -252,6 +261,25 @@ class StateWord {
   /// running -> idle or waiting. Publishes the frame to whoever claims it next.
   void suspend(bool waiting) noexcept {
     leave_running(waiting ? CoState::kWaiting : CoState::kIdle);
+  }
+
+  /// running -> scheduled on `context` in one step: suspends and schedules itself. As schedule().
+  Schedule suspend_scheduled(std::uint32_t context) noexcept {
+    CoStateValue seen = peek();
+    for (;;) {
+      if (seen.entries() == CoStateValue::kMaxEntries) return {false, seen, 0, false};
+      const CoStateValue next = seen.with(CoState::kScheduled, false)
+                                    .with_context(context)
+                                    .with_embedded(true)
+                                    .one_entry_more()
+                                    .next_generation();
+      if (seen.entries() == 0) {
+        // A store suffices, as in leave_running().
+        word_.store(next.bits(), std::memory_order_release);
+        return {true, seen, next.generation(), true};
+      }
+      if (swap(seen, next)) return {true, seen, next.generation(), !seen.embedded()};
+    }
   }
 
   /// running -> ended. Returns true if no entry is outstanding: the caller frees the block.

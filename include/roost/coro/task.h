@@ -140,10 +140,4 @@ inline Coroutine* spawn(CoContext& context, Task<void> task, const char* name = 
   return co;
 }
 
-/// `co_await move_to(context)`: goes to the end of the queue of `context`: moves there or, where it
-/// is the own one, lets others run.
-inline auto move_to(CoContext& context) noexcept {
-  return suspend([to = &context](Coroutine& co) noexcept { co_schedule(*to, co); });
-}
-
 }  // namespace roost
