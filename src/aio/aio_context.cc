@@ -22,6 +22,9 @@ constexpr unsigned kMaxEntriesBeforeIo = 64;
 constexpr std::int64_t kMaxNsBeforeIo = 50'000;
 constexpr unsigned kEntriesPerClockReading = 32;
 constexpr std::int64_t kIdlePeriodNs = 10'000'000;
+constexpr int kFramesAhead = 3;
+constexpr unsigned kSmallBatch = 32;
+constexpr int kStreamPauses = 16;
 
 // Busy waiting. It starts short and doubles, looks at the clock after a handful of checks, and
 // offers the CPU to others now and then: an offer that was taken shows that it is wanted.
@@ -197,10 +200,12 @@ const char* AioContext::back_end_name() const noexcept {
 // ---- From any thread
 
 bool AioContext::post(QueueEntry& entry) noexcept {
-  if (this_thread().context == this) {
+  ThreadState& thread = this_thread();
+  if (thread.context == this) {
     post_here(entry);
     return true;
   }
+  entry.ahead.set(thread.posted.exchange(&entry));
   switch (inbox_.push(entry)) {
     case decltype(inbox_)::Push::kQueued:
       return true;
@@ -245,7 +250,7 @@ bool AioContext::poll(bool blocking) {
     return poll(blocking);
   }
   // While there is a rest of what was taken before, it comes first.
-  if (batch_.empty()) take_inbox();
+  if (batch_.empty()) take_stream();
   bool progress = dispatch_entries(thread);
   if (!progress || entries_since_io_ >= kMaxEntriesBeforeIo) {
     const bool more = !batch_.empty() || !added_.empty() || !idle_due_.empty();
@@ -263,6 +268,19 @@ bool AioContext::poll(bool blocking) {
 void AioContext::take_inbox() noexcept {
   const auto taken = inbox_.take();
   added_.append(taken.oldest, taken.newest);
+  taken_last_ = taken.count;
+}
+
+// Where producer and consumer are about equally quick, each would fetch the inbox's cache line from
+// the other for every entry. A consumer that has just found a few entries, twice in a row, looks
+// away for a moment and then finds more.
+void AioContext::take_stream() noexcept {
+  const unsigned before = taken_last_;
+  if (before > 0 && before < kSmallBatch && streaming_) {
+    for (int i = 0; i < kStreamPauses; ++i) RealPlatform::cpu_relax();
+  }
+  take_inbox();
+  streaming_ = before > 0 && taken_last_ > 0;
 }
 
 // Runs what had been queued when it was called, as far as the limits go.
@@ -272,14 +290,7 @@ bool AioContext::dispatch_entries(ThreadState& thread) {
   while (entries_since_io_ < kMaxEntriesBeforeIo) {
     QueueEntry* const entry = batch_.pop();
     if (!entry) break;
-    // The next entry was fetched when this one's turn came; now the frame behind it is, and the
-    // entry after it. Long queues are cold.
-    if (const QueueEntry* next = batch_.front()) {
-      if (next->kind == QueueEntry::Kind::kCoroutine) {
-        prefetch_entry(static_cast<const CoroutineEntry&>(*next));
-      }
-      __builtin_prefetch(next->next.get());
-    }
+    if (const QueueEntry* ahead = entry->ahead.get()) fetch_ahead(*ahead);
     if (entry->kind == QueueEntry::Kind::kCoroutine) {
       progress |= run_entry(thread, *this, static_cast<CoroutineEntry&>(*entry));
     } else {
@@ -290,6 +301,17 @@ bool AioContext::dispatch_entries(ThreadState& thread) {
     if (entries_to_clock_-- == 0) look_at_clock();
   }
   return progress;
+}
+
+// A long queue from other threads is cold: fetches an entry that comes later, and the frame of one
+// that comes sooner, whose entry was fetched some turns ago.
+void AioContext::fetch_ahead(const QueueEntry& ahead) noexcept {
+  __builtin_prefetch(&ahead);
+  const QueueEntry* soon = batch_.front();
+  for (int i = 0; i < kFramesAhead && soon; ++i) soon = soon->next.get();
+  if (soon && soon->kind == QueueEntry::Kind::kCoroutine) {
+    prefetch_entry(static_cast<const CoroutineEntry&>(*soon));
+  }
 }
 
 // Ends the turn of the entries once they have had their time. The clock costs as much as a few

@@ -10,7 +10,7 @@ namespace roost {
 
 namespace {
 
-thread_local constinit ThreadState thread_state;
+[[gnu::tls_model("initial-exec")]] thread_local constinit ThreadState thread_state;
 
 // Coroutines that one driver loop resumes from its wake list before it gives the rest to the
 // context's queue, so that two that wake each other for ever do not starve descriptors and timers.

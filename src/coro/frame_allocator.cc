@@ -1,6 +1,15 @@
 // SPDX-License-Identifier: MIT
+// Three steps, each an order of magnitude rarer than the one before: a free list of the calling
+// thread; a depot behind a mutex, which gives and takes blocks by the batch; chunks of memory from
+// the system, each for one size, which go back once all their blocks have come home. (The structure
+// is that of Bonwick's magazine allocator and of tcmalloc's central lists.) The general allocator
+// would do, but for the moment in which a burst of coroutines ends: it looks at the neighbours of
+// every block it frees, and those are cold.
 #include "roost/coro/frame_allocator.h"
 
+#include <algorithm>
+#include <cstdint>
+#include <mutex>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -20,62 +29,197 @@ namespace roost {
 
 namespace {
 
-constexpr std::size_t kGranule = 16;  // the allocator's below: finer would save nothing
+constexpr std::size_t kGranule = 16;
 constexpr std::size_t kClasses = kLargestCachedFrame / kGranule;
+constexpr std::size_t kChunkBytes = 64 << 10;
+constexpr std::size_t kChunkHeader = 64;
+
+// Size 0 lands beyond every class.
+constexpr std::size_t size_class(std::size_t size) { return (size - 1) / kGranule; }
+constexpr std::size_t block_size(std::size_t index) { return (index + 1) * kGranule; }
+
+// Blocks of one class that a thread keeps; half of them move when there are more, or none.
+constexpr std::uint32_t max_cached(std::size_t index) {
+  return static_cast<std::uint32_t>(kFrameCacheBytes / block_size(index));
+}
 
 struct FreeBlock {
   FreeBlock* next;
 };
 
-struct FrameCache {
-  FreeBlock* free[kClasses] = {};
-  std::size_t bytes = 0;
-  bool ended = false;  // the thread is ending: blocks freed after this go straight back
+// A chunk of blocks of one size; its address is a multiple of its size, so a block finds it.
+// Guarded by the depot's mutex.
+struct alignas(kChunkHeader) Chunk {
+  Chunk* previous;  // in the list of chunks with free blocks
+  Chunk* next;
+  FreeBlock* free;
+  std::uint32_t free_count;
+  std::uint32_t carved;  // blocks handed out for the first time so far
+  std::uint32_t capacity;
+  bool listed;
+};
+static_assert(sizeof(Chunk) == kChunkHeader);
 
-  ~FrameCache() {
-    for (FreeBlock*& list : free) {
-      while (FreeBlock* block = list) {
-        list = block->next;
-        ::operator delete(block);
+// Where the threads' caches of one class get blocks from and bring them back to.
+class Depot {
+ public:
+  /// A list of at most `wanted` blocks, at least one. Throws std::bad_alloc.
+  FreeBlock* take(std::size_t index, std::uint32_t wanted, std::uint32_t& got) {
+    std::lock_guard lock(mutex_);
+    FreeBlock* list = nullptr;
+    got = 0;
+    while (got < wanted) {
+      if (!available_) {
+        if (got > 0) break;
+        add_chunk(index);
+      }
+      Chunk& chunk = *available_;
+      FreeBlock* block = chunk.free;
+      if (block) {
+        chunk.free = block->next;
+        --chunk.free_count;
+      } else {
+        block = reinterpret_cast<FreeBlock*>(reinterpret_cast<char*>(&chunk) + kChunkHeader +
+                                             chunk.carved++ * block_size(index));
+      }
+      if (!chunk.free && chunk.carved == chunk.capacity) unlist(chunk);
+      block->next = list;
+      list = block;
+      ++got;
+    }
+    return list;
+  }
+
+  void put(FreeBlock* list) noexcept {
+    std::lock_guard lock(mutex_);
+    while (FreeBlock* block = list) {
+      list = block->next;
+      auto& chunk = *reinterpret_cast<Chunk*>(reinterpret_cast<std::uintptr_t>(block) &
+                                              ~std::uintptr_t{kChunkBytes - 1});
+      block->next = chunk.free;
+      chunk.free = block;
+      if (!chunk.listed) enlist(chunk);
+      // All home: it goes, unless it is the only one that has something to give.
+      if (++chunk.free_count == chunk.carved && (chunk.previous || chunk.next)) {
+        unlist(chunk);
+        ::operator delete (&chunk, std::align_val_t{kChunkBytes});
       }
     }
-    ended = true;
-    bytes = 0;
   }
+
+ private:
+  void add_chunk(std::size_t index) {
+    void* memory = ::operator new (kChunkBytes, std::align_val_t{kChunkBytes});
+    const auto capacity =
+        static_cast<std::uint32_t>((kChunkBytes - kChunkHeader) / block_size(index));
+    enlist(*::new (memory) Chunk{.previous = nullptr,
+                                 .next = nullptr,
+                                 .free = nullptr,
+                                 .free_count = 0,
+                                 .carved = 0,
+                                 .capacity = capacity,
+                                 .listed = false});
+  }
+
+  void enlist(Chunk& chunk) noexcept {
+    chunk.listed = true;
+    chunk.previous = nullptr;
+    chunk.next = available_;
+    if (available_) available_->previous = &chunk;
+    available_ = &chunk;
+  }
+
+  void unlist(Chunk& chunk) noexcept {
+    chunk.listed = false;
+    (chunk.previous ? chunk.previous->next : available_) = chunk.next;
+    if (chunk.next) chunk.next->previous = chunk.previous;
+    chunk.previous = chunk.next = nullptr;
+  }
+
+  std::mutex mutex_;
+  Chunk* available_ = nullptr;  // chunks that have a block to give
 };
 
-thread_local constinit FrameCache cache;
+// Never destroyed: frames may be freed while static objects go.
+Depot& depot(std::size_t index) {
+  static Depot* const depots = new Depot[kClasses];
+  return depots[index];
+}
 
-constexpr std::size_t size_class(std::size_t size) { return (size - 1) / kGranule; }
+struct FrameCache {
+  struct Class {
+    FreeBlock* free = nullptr;
+    std::uint32_t count = 0;
+    std::uint32_t limit = 0;  // 0 until first used, and again when the thread ends
+  };
+  Class classes[kClasses] = {};
+
+  ~FrameCache() {
+    for (std::size_t index = 0; index < kClasses; ++index) {
+      Class& mine = classes[index];
+      if (mine.free) depot(index).put(mine.free);
+      mine = Class{};
+    }
+    ended = true;
+  }
+
+  [[gnu::noinline]] void* refill(std::size_t index) {
+    Class& mine = classes[index];
+    if (!ended) mine.limit = max_cached(index);
+    mine.free = depot(index).take(index, ended ? 1 : std::max(mine.limit / 2, 1u), mine.count);
+    FreeBlock* block = mine.free;
+    mine.free = block->next;
+    --mine.count;
+    return block;
+  }
+
+  // Gives the older half of a full list away, or all where nothing is kept.
+  [[gnu::noinline]] void spill(std::size_t index) noexcept {
+    Class& mine = classes[index];
+    if (mine.limit == 0 && !ended) mine.limit = max_cached(index);
+    if (mine.count <= mine.limit) return;
+    const std::uint32_t keep = mine.limit / 2;
+    FreeBlock** end = &mine.free;
+    for (std::uint32_t i = 0; i < keep; ++i) end = &(*end)->next;
+    FreeBlock* surplus = *end;
+    *end = nullptr;
+    mine.count = keep;
+    depot(index).put(surplus);
+  }
+
+  bool ended = false;
+};
+
+// Initial-exec: the cache is looked at for every frame, and a call to find it would cost as much.
+[[gnu::tls_model("initial-exec")]] thread_local constinit FrameCache cache;
 
 }  // namespace
 
 void* allocate_frame(std::size_t size) {
-  if (size == 0 || size > kLargestCachedFrame) return ::operator new(size);
   const std::size_t index = size_class(size);
-  FrameCache& mine = cache;
-  if (FreeBlock* block = mine.free[index]) {
-    mine.free[index] = block->next;
-    mine.bytes -= (index + 1) * kGranule;
-    return block;
-  }
-  return ::operator new((index + 1) * kGranule);
+  if (index >= kClasses) [[unlikely]]
+    return ::operator new(size);
+  FrameCache::Class& mine = cache.classes[index];
+  FreeBlock* const block = mine.free;
+  if (!block) [[unlikely]]
+    return cache.refill(index);
+  mine.free = block->next;
+  --mine.count;
+  return block;
 }
 
-void free_frame(void* block, std::size_t size) noexcept {
-  if (size != 0 && size <= kLargestCachedFrame) {
-    const std::size_t index = size_class(size);
-    const std::size_t rounded = (index + 1) * kGranule;
-    FrameCache& mine = cache;
-    if (mine.bytes + rounded <= kFrameCacheBytes && !mine.ended) {
-      auto* freed = static_cast<FreeBlock*>(block);
-      freed->next = mine.free[index];
-      mine.free[index] = freed;
-      mine.bytes += rounded;
-      return;
-    }
+void free_frame(void* freed, std::size_t size) noexcept {
+  const std::size_t index = size_class(size);
+  if (index >= kClasses) [[unlikely]] {
+    ::operator delete(freed);
+    return;
   }
-  ::operator delete(block);
+  FrameCache::Class& mine = cache.classes[index];
+  auto* const block = static_cast<FreeBlock*>(freed);
+  block->next = mine.free;
+  mine.free = block;
+  if (++mine.count > mine.limit) [[unlikely]]
+    cache.spill(index);
 }
 
 #else

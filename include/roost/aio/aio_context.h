@@ -137,7 +137,9 @@ class AioContext final : public CoContext {
 
   void make_back_end();
   void take_inbox() noexcept;
+  void take_stream() noexcept;
   bool dispatch_entries(ThreadState& thread);
+  void fetch_ahead(const QueueEntry& ahead) noexcept;
   void look_at_clock() noexcept;
   void run_idle();
   bool serve_io(bool may_block);
@@ -178,6 +180,8 @@ class AioContext final : public CoContext {
   int poll_hooks_ = 0;  // watches that have one
   std::unique_ptr<BackEnd> back_end_;
   unsigned entries_since_io_ = 0;
+  unsigned taken_last_ = 0;        // entries that the last look into the inbox found
+  bool streaming_ = false;         // so did the one before
   unsigned entries_to_clock_ = 0;  // until the clock is looked at again
   std::int64_t last_io_ns_ = 0;
   bool notified_ = false;               // a notify() took effect that no blocking poll has heeded

@@ -32,10 +32,14 @@
 #include <cstdint>
 
 #include "roost/base/platform.h"
+#include "roost/coro/queue_entry.h"
 
 namespace roost {
 
-/// Node has a member `next` of type P::Shared<Node*>.
+/// Node has a member `next` of type P::Shared<Node*>, and may have one `ahead` of type
+/// P::Shared<const Node*>: set by the producer, if at all, to a node that it pushed some pushes
+/// earlier, and prefetched here, where the walk goes back in time; then set anew for the walk
+/// forward.
 template <Platform P, class Node>
 class Inbox {
  public:
@@ -64,6 +68,7 @@ class Inbox {
   struct List {
     Node* oldest = nullptr;
     Node* newest = nullptr;
+    unsigned count = 0;
   };
 
   /// Everything queued.
@@ -114,11 +119,17 @@ class Inbox {
   }
 
   static List reversed(Node* newest) noexcept {
-    List list{.oldest = nullptr, .newest = newest};
+    List list{.oldest = nullptr, .newest = newest, .count = 0};
+    FetchAhead walked;
     while (newest) {
       Node* older = newest->next.get();
+      if constexpr (requires { newest->ahead; }) {
+        __builtin_prefetch(newest->ahead.get());
+        newest->ahead.set(walked.exchange(newest));
+      }
       newest->next.set(list.oldest);
       list.oldest = newest;
+      ++list.count;
       newest = older;
     }
     return list;

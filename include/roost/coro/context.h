@@ -5,6 +5,7 @@
 // Lifetime: a context outlives every coroutine whose home it is.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 
@@ -44,6 +45,7 @@ class CoContext {
 struct ThreadState {
   CoContext* context = nullptr;  // the context being polled, or scoped, by this thread
   Driver* driver = nullptr;      // the innermost driver loop on this thread's stack
+  FetchAhead posted;             // the entries it posted to other contexts last
 };
 
 /// Never inlined: a coroutine's body may go on on another thread, and must not keep the address of

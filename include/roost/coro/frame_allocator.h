@@ -1,24 +1,25 @@
 // SPDX-License-Identifier: MIT
-// Memory for coroutine frames, control blocks and queue entries: a small cache of recently freed
-// blocks in front of operator new, by size class.
+// Memory for coroutine frames, control blocks and queue entries: recently freed blocks by size, in
+// front of chunks from operator new.
 //
 // Threads: any. Each thread has a cache of its own; a block may be freed on another thread than
 // the one that allocated it, and then joins the cache there.
-// Lifetime: a cache holds at most kFrameCacheBytes and is emptied when its thread ends. Under
-// AddressSanitizer nothing is cached, so that a use after free is seen.
+// Lifetime: a cache holds at most kFrameCacheBytes of each block size and is emptied when its
+// thread ends; memory all of whose blocks are free goes back to the system. Under AddressSanitizer
+// nothing is cached, so that a use after free is seen.
 #pragma once
 
 #include <cstddef>
 
 namespace roost {
 
-/// Bytes that one thread's cache keeps at most.
-inline constexpr std::size_t kFrameCacheBytes = 1 << 20;
+/// Bytes that one thread's cache keeps at most of one block size.
+inline constexpr std::size_t kFrameCacheBytes = 128 << 10;
 
 /// Blocks above this size are never cached.
 inline constexpr std::size_t kLargestCachedFrame = 2048;
 
-/// Throws std::bad_alloc. Aligned for any fundamental type.
+/// Throws std::bad_alloc. Aligned for any fundamental type; a size that is a multiple of 64, to 64.
 void* allocate_frame(std::size_t size);
 
 /// `size` is what was asked for.

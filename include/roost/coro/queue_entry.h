@@ -24,6 +24,9 @@ struct QueueEntry {
   explicit QueueEntry(Kind k) noexcept : kind(k) {}
 
   RealPlatform::Shared<QueueEntry*> next;
+  /// An entry some places on in the direction the list is walked next; null if not known. Only
+  /// ever prefetched: it may be gone.
+  RealPlatform::Shared<const QueueEntry*> ahead;
   Kind kind;
 };
 
@@ -47,6 +50,22 @@ struct CallbackEntry : QueueEntry {
   Function run;
 };
 
+/// Walking a long list that another CPU has written costs a cache miss an entry, one after the
+/// other. Whoever builds a list remembers the last few entries, so that each can name one that its
+/// walker will reach some steps later, and the misses overlap.
+class FetchAhead {
+ public:
+  /// Returns the entry given kDistance calls ago, or null.
+  const QueueEntry* exchange(const QueueEntry* entry) noexcept {
+    return std::exchange(recent_[position_++ % kDistance], entry);
+  }
+
+ private:
+  static constexpr unsigned kDistance = 8;
+  const QueueEntry* recent_[kDistance] = {};
+  unsigned position_ = 0;
+};
+
 /// A list of entries, first in first out. One thread.
 class EntryQueue {
  public:
@@ -55,6 +74,7 @@ class EntryQueue {
 
   void push(QueueEntry& entry) noexcept {
     entry.next.set(nullptr);
+    entry.ahead.set(nullptr);
     append(&entry, &entry);
   }
 
