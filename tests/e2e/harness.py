@@ -326,8 +326,8 @@ class Test:
     folder of its own that goes away afterwards."""
 
     def __init__(self, roost, tools, loop, transport):
-        self.roost = roost
-        self.tools = tools
+        self.roost = os.path.abspath(roost)
+        self.tools = os.path.abspath(tools)
         self.loop = loop
         self.transport = transport
         self.daemons = []

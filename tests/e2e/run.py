@@ -41,7 +41,7 @@ def list_runs():
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--roost")
+    parser.add_argument("--roost", default="roost")
     parser.add_argument("--tools", help="folder of the helper programs", default=".")
     parser.add_argument("--event-loop", default="any")
     parser.add_argument("--transport", default="unix")
