@@ -17,6 +17,9 @@ GOOD = {
     "include/roost/aio/b.h": HEADER + '#include "roost/base/a.h"\ninline int b() { return a(); }\n',
     "src/aio/b.cc": '#include "roost/aio/b.h"\n#include "b_private.h"\n#include "aio/b_private.h"\n',
     "src/aio/b_private.h": HEADER,
+    "src/aio/test_loop.h": HEADER,
+    "src/aio/b_test.cc": '#include "test_loop.h"\n',
+    "src/block/c_stress_test.cc": '#include "aio/test_loop.h"\n',
     "src/aio/fine.cc": """
 Task<void> fine(Lock& lock, int x, Map& map) {
   co_await suspend([&x](Coroutine&) noexcept { x = 1; });
@@ -44,6 +47,9 @@ BAD = [
      "private header of aio"),
     ("check-layers", {"include/roost/aio/c.h": HEADER + '#include "aio/b_private.h"\n'},
      "a public header includes a private one"),
+    ("check-layers", {"src/aio/b.cc": '#include "test_loop.h"\n'}, "a header for tests"),
+    ("check-layers", {"src/base/a_test.cc": '#include "aio/test_loop.h"\n'},
+     "aio stands right of base"),
     ("check-layers", {"src/misc/c.cc": ""}, "misc is not a layer"),
     ("check-layers", {"src/aio/c.cc": '#include "roost/aio/gone.h"\n'}, "does not exist"),
     ("check-headers", {"include/roost/base/c.h": HEADER + "inline std::string c() { return {}; }\n"},
