@@ -146,6 +146,8 @@ Depot& depot(std::size_t index) {
   return depots[index];
 }
 
+// Trivially destructible, so that it stays usable while the rest of its thread goes: what a
+// destructor stores in its own object, compilers drop. The CacheKeeper empties it.
 struct FrameCache {
   struct Class {
     FreeBlock* free = nullptr;
@@ -154,7 +156,8 @@ struct FrameCache {
   };
   Class classes[kClasses] = {};
 
-  ~FrameCache() {
+  // The thread is ending. What it frees from now on goes straight back.
+  void give_back() noexcept {
     for (std::size_t index = 0; index < kClasses; ++index) {
       Class& mine = classes[index];
       if (mine.free) depot(index).put(mine.free);
@@ -165,7 +168,7 @@ struct FrameCache {
 
   [[gnu::noinline]] void* refill(std::size_t index) {
     Class& mine = classes[index];
-    if (!ended) mine.limit = max_cached(index);
+    if (mine.limit == 0) open(mine, index);
     mine.free = depot(index).take(index, ended ? 1 : std::max(mine.limit / 2, 1u), mine.count);
     FreeBlock* block = mine.free;
     mine.free = block->next;
@@ -176,7 +179,7 @@ struct FrameCache {
   // Gives the older half of a full list away, or all where nothing is kept.
   [[gnu::noinline]] void spill(std::size_t index) noexcept {
     Class& mine = classes[index];
-    if (mine.limit == 0 && !ended) mine.limit = max_cached(index);
+    if (mine.limit == 0) open(mine, index);
     if (mine.count <= mine.limit) return;
     const std::uint32_t keep = mine.limit / 2;
     FreeBlock** end = &mine.free;
@@ -187,11 +190,26 @@ struct FrameCache {
     depot(index).put(surplus);
   }
 
+  static void open(Class& mine, std::size_t index) noexcept;
+
   bool ended = false;
 };
 
 // Initial-exec: the cache is looked at for every frame, and a call to find it would cost as much.
 [[gnu::tls_model("initial-exec")]] thread_local constinit FrameCache cache;
+
+struct CacheKeeper {
+  bool keeps = false;
+  ~CacheKeeper() { cache.give_back(); }
+};
+thread_local constinit CacheKeeper keeper;
+
+// The first use of a size on this thread.
+void FrameCache::open(Class& mine, std::size_t index) noexcept {
+  if (cache.ended) return;
+  keeper.keeps = true;  // touching it makes the thread call its destructor
+  mine.limit = max_cached(index);
+}
 
 }  // namespace
 
