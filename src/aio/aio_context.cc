@@ -113,7 +113,8 @@ AioContext::AioContext(AioContextOptions options)
       options_(std::move(options)),
       poll_budget_(options_.poll_budget ? *options_.poll_budget : PollBudget::of_process()),
       wake_fd_(make_wake_fd()),
-      use_io_uring_(choose_io_uring(options_.event_loop)) {
+      use_io_uring_(choose_io_uring(options_.event_loop)),
+      back_end_name_(use_io_uring_ ? "io_uring" : "epoll") {
   poll_budget_.woke();
 }
 
@@ -184,17 +185,13 @@ void AioContext::make_back_end() {
   if (!back_end_) {
     back_end_ = make_epoll_back_end(*this, wake_fd_.get(), options_.thread_pool);
   }
+  back_end_name_.store(back_end_->name(), std::memory_order_relaxed);
   for (auto& [fd, watch] : watches_) back_end_->watch_changed(*watch);
 }
 
 void AioContext::release_back_end() {
   back_end_.reset();
   for (auto& [fd, watch] : watches_) watch->armed_events = 0;
-}
-
-const char* AioContext::back_end_name() const noexcept {
-  if (back_end_) return back_end_->name();
-  return use_io_uring_ ? "io_uring" : "epoll";
 }
 
 // ---- From any thread

@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: MIT
 // Disks without a device: memory, and nothing.
 //
-// Two requests on the same bytes at the same time may mix, as on any disk.
+// Requests on the same bytes at the same time may come in any order, and pieces of kLockedPiece may
+// mix, as sectors do on any disk; the bytes of one piece are copied under its lock.
 
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
+#include <mutex>
+#include <shared_mutex>
 
 #include "roost/block/block_driver.h"
 
@@ -25,13 +30,21 @@ class MemoryDisk final : public BlockDriver {
   }
 
   Task<Result<void>> read(std::uint64_t offset, std::span<std::byte> to) override {
-    std::memcpy(to.data(), bytes_ + offset, to.size());
+    by_piece(offset, to.size(), [&](std::uint64_t at, std::size_t size, std::shared_mutex& mutex) {
+      std::shared_lock lock(mutex);
+      std::memcpy(to.data() + (at - offset), bytes_ + at, size);
+    });
     co_return Result<void>();
   }
 
   Task<Result<void>> write(std::uint64_t offset, std::span<const iovec> from, bool) override {
     for (const iovec& piece : from) {
-      std::memcpy(bytes_ + offset, piece.iov_base, piece.iov_len);
+      const auto* from_bytes = static_cast<const std::byte*>(piece.iov_base);
+      by_piece(offset, piece.iov_len,
+               [&](std::uint64_t at, std::size_t size, std::shared_mutex& mutex) {
+                 std::lock_guard lock(mutex);
+                 std::memcpy(bytes_ + at, from_bytes + (at - offset), size);
+               });
       offset += piece.iov_len;
     }
     co_return Result<void>();
@@ -40,21 +53,36 @@ class MemoryDisk final : public BlockDriver {
   Task<Result<void>> flush() override { co_return Result<void>(); }
 
   Task<Result<void>> discard(std::uint64_t offset, std::uint64_t length) override {
-    zero(offset, length);
-    co_return Result<void>();
+    return write_zeroes(offset, length, {.may_unmap = true, .fua = false});
   }
 
   Task<Result<void>> write_zeroes(std::uint64_t offset, std::uint64_t length,
                                   ZeroFlags flags) override {
-    if (flags.may_unmap) {
-      zero(offset, length);
-    } else {
-      std::memset(bytes_ + offset, 0, length);
-    }
+    by_piece(offset, length, [&](std::uint64_t at, std::size_t size, std::shared_mutex& mutex) {
+      std::lock_guard lock(mutex);
+      if (flags.may_unmap) {
+        zero(at, size);
+      } else {
+        std::memset(bytes_ + at, 0, size);
+      }
+    });
     co_return Result<void>();
   }
 
  private:
+  static constexpr std::uint64_t kLockedPiece = 1 << 20;
+
+  // Calls function(offset, size, its lock) for each piece of a range.
+  template <class Function>
+  void by_piece(std::uint64_t offset, std::uint64_t length, Function function) {
+    while (length > 0) {
+      const std::uint64_t size = std::min(length, kLockedPiece - offset % kLockedPiece);
+      function(offset, size, locks_[offset / kLockedPiece % locks_.size()]);
+      offset += size;
+      length -= size;
+    }
+  }
+
   // Gives whole pages back to the system, which then read as zeroes.
   void zero(std::uint64_t offset, std::uint64_t length) noexcept {
     const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
@@ -70,6 +98,7 @@ class MemoryDisk final : public BlockDriver {
   }
 
   std::byte* const bytes_;
+  std::array<std::shared_mutex, 64> locks_;  // of the pieces, in turn
 };
 
 class NullDisk final : public BlockDriver {

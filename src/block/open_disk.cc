@@ -2,6 +2,7 @@
 #include <cerrno>
 #include <charconv>
 #include <limits>
+#include <string_view>
 
 #include "roost/block/block_driver.h"
 
@@ -43,16 +44,42 @@ Result<std::uint64_t> parse_size(const std::string& text) {
   return number << shift;
 }
 
+namespace {
+
+using MakeDisk = Result<std::unique_ptr<BlockDriver>> (*)(std::uint64_t, OpenOptions);
+
+struct SizedKind {
+  std::string_view prefix;
+  MakeDisk make;
+};
+constexpr SizedKind kSizedKinds[] = {{"mem:", &make_memory_disk}, {"null:", &make_null_disk}};
+
+const SizedKind* sized_kind(const std::string& description) {
+  for (const SizedKind& kind : kSizedKinds) {
+    if (description.starts_with(kind.prefix)) return &kind;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+Result<void> check_description(const std::string& description) {
+  if (description.empty()) return fail(EINVAL, "disk ''");
+  if (const SizedKind* kind = sized_kind(description)) {
+    const auto size = parse_size(description.substr(kind->prefix.size()));
+    if (!size) return fail(size.error().code(), description + ": " + size.error().doing());
+  }
+  return {};
+}
+
 Result<std::unique_ptr<BlockDriver>> open_disk(const std::string& description,
                                                OpenOptions options) {
-  for (const auto& [prefix, make] :
-       {std::pair{"mem:", &make_memory_disk}, std::pair{"null:", &make_null_disk}}) {
-    if (!description.starts_with(prefix)) continue;
-    const auto size = parse_size(description.substr(std::string_view(prefix).size()));
-    if (!size) return std::unexpected(size.error());
-    return make(*size, options);
+  if (const auto good = check_description(description); !good) {
+    return std::unexpected(good.error());
   }
-  return open_file(description, options);
+  const SizedKind* kind = sized_kind(description);
+  if (!kind) return open_file(description, options);
+  return kind->make(*parse_size(description.substr(kind->prefix.size())), options);
 }
 
 }  // namespace roost

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The roost program: reads the command line.
 
+#include <fmt/format.h>
 #include <signal.h>
 
 #include <CLI/CLI.hpp>
@@ -8,6 +9,7 @@
 #include <map>
 
 #include "cli/serve.h"
+#include "roost/block/block_driver.h"
 
 namespace {
 
@@ -25,6 +27,11 @@ constexpr const char* kServeExamples = R"(Examples:
 // CLI11 numbers its errors from 100; the field says 2.
 constexpr int kUsageError = 2;
 
+int usage_error(const roost::Error& error) {
+  fmt::print(stderr, "roost: {}\nRun with --help for more information.\n", error.message());
+  return kUsageError;
+}
+
 int run(int argc, char** argv) {
   CLI::App app{
       "Roost: serves disks over NBD from several I/O threads.\n"
@@ -40,6 +47,8 @@ int run(int argc, char** argv) {
   app.require_subcommand(0, 1);
 
   roost::cli::ServeOptions options;
+  std::vector<std::string> listen;
+  std::string create_size;
   CLI::App* serve = app.add_subcommand("serve", "Serve disks over NBD until SIGINT or SIGTERM");
   serve->footer(kServeExamples);
   serve
@@ -48,7 +57,7 @@ int run(int argc, char** argv) {
                    "it is the default export")
       ->required();
   serve
-      ->add_option("--listen", options.listen,
+      ->add_option("--listen", listen,
                    "unix:PATH or tcp:HOST:PORT (IPv6 in brackets, port 0 picks one); may be "
                    "repeated (default: unix:./roost.sock)")
       ->allow_extra_args(false);
@@ -76,7 +85,7 @@ int run(int argc, char** argv) {
       ->capture_default_str();
   serve->add_flag("--read-only", options.read_only, "Refuse writes");
   serve
-      ->add_option("--create", options.create_size,
+      ->add_option("--create", create_size,
                    "Make files that do not exist, sparse, of this SIZE (K, M, G, T)")
       ->type_name("SIZE");
   serve->add_flag("--json", options.json, "Describe what is served as one line of JSON");
@@ -89,10 +98,23 @@ int run(int argc, char** argv) {
 
   if (!serve->parsed()) {
     options.disks = {"./roost-disk.img"};
-    options.create_size = "1G";
+    create_size = "1G";
     options.explain = true;
   }
-  if (options.listen.empty()) options.listen = {"unix:./roost.sock"};
+  if (listen.empty()) listen = {"unix:./roost.sock"};
+  for (const std::string& text : listen) {
+    const auto address = roost::ListenAddress::parse(text);
+    if (!address) return usage_error(address.error());
+    options.listen.push_back(*address);
+  }
+  if (!create_size.empty()) {
+    const auto size = roost::parse_size(create_size);
+    if (!size) return usage_error(size.error());
+    options.create_size = *size;
+  }
+  if (const auto good = roost::cli::check_disks(options.disks); !good) {
+    return usage_error(good.error());
+  }
   return roost::cli::serve(options);
 }
 

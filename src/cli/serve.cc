@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <system_error>
 
 #include "roost/aio/iothread.h"
@@ -41,26 +42,12 @@ std::pair<std::string, std::string> split_name(const std::string& text) {
 }
 
 Result<std::vector<Disk>> open_disks(const ServeOptions& options) {
-  OpenOptions open{.read_only = options.read_only, .create_size = 0};
-  if (!options.create_size.empty()) {
-    const auto size = parse_size(options.create_size);
-    if (!size) return std::unexpected(size.error());
-    open.create_size = *size;
-  }
+  const OpenOptions open{.read_only = options.read_only, .create_size = options.create_size};
   std::vector<Disk> disks;
   for (const std::string& text : options.disks) {
     auto [name, description] = split_name(text);
-    for (const Disk& other : disks) {
-      if (other.export_name != name) continue;
-      return fail(EEXIST, name.empty() ? text + ": a second disk without a name (use NAME=DISK)"
-                                       : text + ": a second export named '" + name + "'");
-    }
     auto driver = open_disk(description, open);
     if (!driver) return std::unexpected(driver.error());
-    const nbd::ExportInfo info{.name = name, .size = (*driver)->size()};
-    if (const auto offered = nbd::check_export(info); !offered) {
-      return std::unexpected(offered.error());
-    }
     disks.push_back({std::move(name), std::move(*driver)});
   }
   return disks;
@@ -143,9 +130,8 @@ int serve_or_throw(const ServeOptions& options) {
   }
 
   std::vector<ListenSocket> sockets;
-  for (const std::string& text : options.listen) {
-    auto address = ListenAddress::parse(text);
-    auto socket = address ? ListenSocket::open(*address) : std::unexpected(address.error());
+  for (const ListenAddress& address : options.listen) {
+    auto socket = ListenSocket::open(address);
     if (!socket) {
       report(socket.error().message());
       return 1;
@@ -212,6 +198,19 @@ int serve_or_throw(const ServeOptions& options) {
 }
 
 }  // namespace
+
+Result<void> check_disks(const std::vector<std::string>& disks) {
+  std::set<std::string> names;
+  for (const std::string& text : disks) {
+    const auto [name, description] = split_name(text);
+    if (const auto good = check_description(description); !good) return good;
+    if (const auto good = nbd::check_export({.name = name}); !good) return good;
+    if (names.insert(name).second) continue;
+    return fail(EEXIST, name.empty() ? text + ": a second disk without a name (use NAME=DISK)"
+                                     : text + ": a second export of that name");
+  }
+  return {};
+}
 
 int serve(const ServeOptions& options) {
   try {

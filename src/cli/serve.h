@@ -10,23 +10,29 @@
 #include <vector>
 
 #include "roost/aio/aio_context.h"
+#include "roost/base/result.h"
+#include "roost/export/listen_address.h"
 
 namespace roost::cli {
 
 struct ServeOptions {
-  std::vector<std::string> disks;   // [NAME=]DISK
-  std::vector<std::string> listen;  // unix:PATH, tcp:HOST:PORT
+  std::vector<std::string> disks;  // [NAME=]DISK
+  std::vector<ListenAddress> listen;
   unsigned iothreads = 2;
   EventLoop event_loop = EventLoop::kAuto;
   std::int64_t poll_max_us = 100;
   std::int64_t handshake_timeout_s = 10;
   bool read_only = false;
-  std::string create_size;  // empty: do not create
+  std::uint64_t create_size = 0;  // 0: do not create
   bool json = false;
   bool explain = false;  // say how to connect
 };
 
-/// Returns the exit status: 0 after a clean stop, 1 after an error, which it has reported.
+/// Whether `disks` make sense, before any is opened: what they are, and under which names.
+Result<void> check_disks(const std::vector<std::string>& disks);
+
+/// REQUIRES: check_disks() is content. Returns the exit status: 0 after a clean stop, 1 after an
+/// error, which it has reported.
 int serve(const ServeOptions& options);
 
 }  // namespace roost::cli

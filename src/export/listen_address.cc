@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "roost/export/listen_address.h"
 
+#include <fmt/format.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -9,6 +10,7 @@
 #include <sys/un.h>
 
 #include <cerrno>
+#include <charconv>
 #include <cstring>
 #include <memory>
 
@@ -102,6 +104,13 @@ std::string percent_encoded(std::string_view text, std::string_view also_plain) 
   return encoded;
 }
 
+bool is_port(const std::string& text) {
+  unsigned port = 0;
+  const char* const end = text.data() + text.size();
+  const auto [after, error] = std::from_chars(text.data(), end, port);
+  return error == std::errc{} && after == end && port <= 65535;
+}
+
 }  // namespace
 
 Result<ListenAddress> ListenAddress::parse(const std::string& text) {
@@ -120,7 +129,7 @@ Result<ListenAddress> ListenAddress::parse(const std::string& text) {
       const bool bracketed = address.host.starts_with('[') && address.host.ends_with(']');
       if (bracketed) address.host = address.host.substr(1, address.host.size() - 2);
       const bool ambiguous = !bracketed && address.host.contains(':');
-      if (!address.host.empty() && !address.port.empty() && !ambiguous) return address;
+      if (!address.host.empty() && is_port(address.port) && !ambiguous) return address;
     }
   }
   return fail(EINVAL, "address '" + text + "' (unix:PATH or tcp:HOST:PORT)");
@@ -177,8 +186,8 @@ std::string describe_peer(int fd) {
                     sizeof port, NI_NUMERICHOST | NI_NUMERICSERV) != 0) {
     return "tcp client";
   }
-  return peer.ss_family == AF_INET6 ? "[" + std::string(host) + "]:" + port
-                                    : std::string(host) + ":" + port;
+  if (peer.ss_family == AF_INET6) return fmt::format("[{}]:{}", host, port);
+  return fmt::format("{}:{}", host, port);
 }
 
 }  // namespace roost

@@ -24,8 +24,9 @@ TEST(ListenAddress, UnderstandsUnixAndTcp) {
 }
 
 TEST(ListenAddress, RefusesTheRest) {
-  for (const char* bad : {"", "unix:", "tcp:", "tcp:host", "tcp:host:", "tcp::1", "tcp:::1:10809",
-                          "localhost:10809", "udp:localhost:1"}) {
+  for (const char* bad :
+       {"", "unix:", "tcp:", "tcp:host", "tcp:host:", "tcp::1", "tcp:::1:10809", "localhost:10809",
+        "udp:localhost:1", "tcp:host:65536", "tcp:host:http"}) {
     const auto address = ListenAddress::parse(bad);
     ASSERT_FALSE(address) << bad;
     EXPECT_EQ(address.error().code(), EINVAL);

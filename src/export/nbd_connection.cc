@@ -127,6 +127,7 @@ Task<bool> NbdConnection::negotiate() {
   chunk_ = std::make_shared_for_overwrite<Chunk>();
   std::span<const std::byte> input;
   bool lost = false;
+  bool heard_of = false;
   while (negotiation.state() == State::kNegotiating && !lost) {
     input = input.subspan(negotiation.feed(input));
     if (!negotiation.output().empty()) {
@@ -135,7 +136,10 @@ Task<bool> NbdConnection::negotiate() {
     } else if (negotiation.state() == State::kNegotiating) {
       const std::int64_t n = co_await io_recv(socket_.get(), chunk_->bytes);
       lost = n <= 0;
-      if (!lost) input = std::span<const std::byte>(chunk_->bytes, static_cast<std::size_t>(n));
+      if (!lost) {
+        heard_of = true;
+        input = std::span<const std::byte>(chunk_->bytes, static_cast<std::size_t>(n));
+      }
     }
   }
   if (!lost && !negotiation.output().empty()) lost = !co_await send_all(negotiation.output());
@@ -145,6 +149,8 @@ Task<bool> NbdConnection::negotiate() {
     give_up("negotiation timed out");
   } else if (negotiation.state() == State::kFailed) {
     give_up(negotiation.failure());
+  } else if (lost && heard_of && receiving()) {
+    give_up("vanished during the negotiation");
   }
   if (lost || negotiation.state() != State::kTransmission) co_return false;
 

@@ -97,8 +97,11 @@ class AioContext final : public CoContext {
   const Clock& clock() const noexcept { return *options_.clock; }
   TimerQueue& timers() noexcept { return timers_; }
 
-  /// "io_uring" or "epoll".
-  const char* back_end_name() const noexcept;
+  /// "io_uring" or "epoll". Any thread; before the first poll, what it is going to try.
+  const char* back_end_name() const noexcept {
+    // Relaxed: it points at a literal.
+    return back_end_name_.load(std::memory_order_relaxed);
+  }
 
   /// The back end, made at the first use on the home thread.
   BackEnd& back_end() {
@@ -170,6 +173,7 @@ class AioContext final : public CoContext {
   };
   NotifyEntry notify_entry_{*this};
   std::atomic<int> bottom_halves_{0};  // alive
+  std::atomic<const char*> back_end_name_;
 
   // Home thread.
   EntryQueue batch_;     // taken, to be run in this iteration

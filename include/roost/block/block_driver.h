@@ -85,6 +85,9 @@ Result<std::unique_ptr<BlockDriver>> make_null_disk(std::uint64_t size, OpenOpti
 /// "mem:SIZE", "null:SIZE" or a path.
 Result<std::unique_ptr<BlockDriver>> open_disk(const std::string& description, OpenOptions options);
 
+/// Whether open_disk() understands `description`; opens nothing.
+Result<void> check_description(const std::string& description);
+
 /// "512", "4K", "1G"...: bytes, with the binary suffixes K, M, G and T. At most 2^63 - 1.
 Result<std::uint64_t> parse_size(const std::string& text);
 

@@ -14,9 +14,9 @@ namespace roost {
 
 struct ListenAddress {
   bool unix_socket = true;
-  std::string path;  // of a unix socket
-  std::string host;  // of TCP, without brackets
-  std::string port;  // of TCP; "0" picks a free one
+  std::string path{};  // of a unix socket
+  std::string host{};  // of TCP, without brackets
+  std::string port{};  // of TCP, a number; "0" picks a free one
 
   static Result<ListenAddress> parse(const std::string& text);
 
