@@ -57,7 +57,7 @@ struct AioContextOptions {
   /// Outlives the context; null: the process's.
   PollBudget* poll_budget = nullptr;
   /// For file I/O of the epoll loop; null: one of its own, made when needed.
-  std::shared_ptr<ThreadPool> thread_pool;
+  std::shared_ptr<ThreadPool> thread_pool = nullptr;
 };
 
 class AioContext final : public CoContext {

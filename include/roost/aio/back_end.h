@@ -20,11 +20,11 @@ class ThreadPool;
 
 /// What to call when a descriptor is ready. An empty member is not waited for.
 struct FdHandler {
-  std::function<void()> read;
-  std::function<void()> write;
+  std::function<void()> read = nullptr;
+  std::function<void()> write = nullptr;
   /// Asked while the context is busy polling, instead of a system call; true if `read` or `write`
   /// should be called (whichever are set).
-  std::function<bool()> poll;
+  std::function<bool()> poll = nullptr;
 };
 
 /// A watched descriptor. Level-triggered: called again while it stays ready.
