@@ -242,10 +242,19 @@ void AioContext::blocking_call_check(const char* what) const {
 bool AioContext::poll(bool blocking) {
   ThreadState& thread = this_thread();
   if (blocking && thread.driver) blocking_call_check("a blocking poll");
-  if (thread.context != this) {
-    ContextScope scope(*this);
-    return poll(blocking);
-  }
+  if (thread.context == this) return iterate(thread, blocking);
+  ContextScope scope(*this);
+  return iterate(thread, blocking);
+}
+
+void AioContext::poll_until(const bool& stop) {
+  ThreadState& thread = this_thread();
+  blocking_call_check("a blocking poll");
+  ROOST_CHECK(thread.context == this, "context '{}' is not current", name());
+  while (!stop) iterate(thread, true);
+}
+
+inline bool AioContext::iterate(ThreadState& thread, bool blocking) {
   // While there is a rest of what was taken before, it comes first.
   if (batch_.empty()) take_stream();
   bool progress = dispatch_entries(thread);

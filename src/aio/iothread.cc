@@ -12,7 +12,7 @@ IOThread::IOThread(AioContextOptions options)
         // The kernel keeps 15 characters.
         ::pthread_setname_np(::pthread_self(), context_->name().substr(0, 15).c_str());
         ContextScope scope(*context_);
-        while (!stop_entry_.reached) context_->poll(true);
+        context_->poll_until(stop_entry_.reached);
         context_->release_back_end();
       }) {}
 

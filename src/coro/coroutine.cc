@@ -200,7 +200,8 @@ void Coroutine::post_schedule(CoContext& context, ThreadState& thread,
   }
 }
 
-void Coroutine::finish_move(Coroutine& co, ThreadState& thread, const void* awaiter) noexcept {
+[[gnu::flatten]] void Coroutine::finish_move(Coroutine& co, ThreadState& thread,
+                                             const void* awaiter) noexcept {
   const MoveAwaiter move = *static_cast<const MoveAwaiter*>(awaiter);
   const auto schedule = co.state_.suspend_scheduled(move.to_->index());
   if (!schedule.won) [[unlikely]]
@@ -261,7 +262,9 @@ struct EntryCopy {
 
 }  // namespace
 
-bool run_entry(ThreadState& thread, CoContext& context, CoroutineEntry& entry) noexcept {
+// Flattened, as is finish_move(): together they are what a turn of a coroutine costs.
+[[gnu::flatten]] bool run_entry(ThreadState& thread, CoContext& context,
+                                CoroutineEntry& entry) noexcept {
   const EntryCopy copy(entry);
   using Outcome = StateWord<RealPlatform>::EntryOutcome;
   switch (copy.co.state_.claim_entry(context.index(), copy.generation, copy.embedded)) {

@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: MIT
-// Three steps, each an order of magnitude rarer than the one before: a free list of the calling
-// thread; a depot behind a mutex, which gives and takes blocks by the batch; chunks of memory from
-// the system, each for one size, which go back once all their blocks have come home. (The structure
-// is that of Bonwick's magazine allocator and of tcmalloc's central lists.) The general allocator
+// Four steps, each much rarer than the one before: a free list of the calling thread; a depot
+// behind a mutex, which gives and takes blocks by the batch; chunks, each for one size; regions of
+// memory from the system, which go back once all their chunks have come home. (The structure is
+// that of Bonwick's magazine allocator and of tcmalloc's central lists.) The general allocator
 // would do, but for the moment in which a burst of coroutines ends: it looks at the neighbours of
 // every block it frees, and those are cold.
 #include "roost/coro/frame_allocator.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <mutex>
 #include <new>
+#include <set>
+#include <unordered_map>
 
 #if defined(__SANITIZE_ADDRESS__)
 #define ROOST_CACHE_FRAMES 0
@@ -33,6 +38,8 @@ constexpr std::size_t kGranule = 16;
 constexpr std::size_t kClasses = kLargestCachedFrame / kGranule;
 constexpr std::size_t kChunkBytes = 64 << 10;
 constexpr std::size_t kChunkHeader = 64;
+constexpr std::size_t kRegionBytes = 2 << 20;
+constexpr std::size_t kSpareRegions = 4;
 
 // Size 0 lands beyond every class.
 constexpr std::size_t size_class(std::size_t size) { return (size - 1) / kGranule; }
@@ -59,6 +66,62 @@ struct alignas(kChunkHeader) Chunk {
   bool listed;
 };
 static_assert(sizeof(Chunk) == kChunkHeader);
+
+// Chunks for every class. Giving memory back to the system interrupts the other CPUs, so it is done
+// by the region, and a few stay.
+class ChunkSource {
+ public:
+  /// Throws std::bad_alloc.
+  void* take() {
+    std::lock_guard lock(mutex_);
+    if (usable_.empty()) {
+      void* memory = ::operator new (kRegionBytes, std::align_val_t{kRegionBytes});
+      // Coroutines are visited in an order that has nothing to do with their addresses, so many of
+      // them want large pages. (A process with few stays small.)
+      if (!free_chunks_.empty()) ::madvise(memory, kRegionBytes, MADV_HUGEPAGE);
+      const auto address = reinterpret_cast<std::uintptr_t>(memory);
+      free_chunks_[address] = kAllFree;
+      usable_.insert(address);
+      ++spare_;
+    }
+    const std::uintptr_t region = *usable_.begin();
+    std::uint32_t& free = free_chunks_[region];
+    if (free == kAllFree) --spare_;
+    const int first = std::countr_zero(free);
+    free &= ~(1u << first);
+    if (free == 0) usable_.erase(region);
+    return reinterpret_cast<void*>(region + static_cast<std::uintptr_t>(first) * kChunkBytes);
+  }
+
+  void give_back(void* chunk) noexcept {
+    std::lock_guard lock(mutex_);
+    const auto address = reinterpret_cast<std::uintptr_t>(chunk);
+    const std::uintptr_t region = address & ~std::uintptr_t{kRegionBytes - 1};
+    std::uint32_t& free = free_chunks_[region];
+    if (free == 0) usable_.insert(region);
+    free |= 1u << ((address - region) / kChunkBytes);
+    if (free != kAllFree || ++spare_ <= kSpareRegions) return;
+    --spare_;
+    usable_.erase(region);
+    free_chunks_.erase(region);
+    ::operator delete (reinterpret_cast<void*>(region), std::align_val_t{kRegionBytes});
+  }
+
+ private:
+  static constexpr std::uint32_t kAllFree = ~0u;
+  static_assert(kRegionBytes / kChunkBytes == 32, "a bit a chunk");
+
+  std::mutex mutex_;
+  std::unordered_map<std::uintptr_t, std::uint32_t> free_chunks_;  // of each region, as bits
+  std::set<std::uintptr_t> usable_;  // regions with a free chunk; low addresses fill up first
+  std::size_t spare_ = 0;            // regions all of whose chunks are free
+};
+
+// Never destroyed, like the depots: frames may be freed while static objects go.
+ChunkSource& chunk_source() {
+  static ChunkSource* const source = new ChunkSource;
+  return *source;
+}
 
 // Where the threads' caches of one class get blocks from and bring them back to.
 class Depot {
@@ -102,14 +165,14 @@ class Depot {
       // All home: it goes, unless it is the only one that has something to give.
       if (++chunk.free_count == chunk.carved && (chunk.previous || chunk.next)) {
         unlist(chunk);
-        ::operator delete (&chunk, std::align_val_t{kChunkBytes});
+        chunk_source().give_back(&chunk);
       }
     }
   }
 
  private:
   void add_chunk(std::size_t index) {
-    void* memory = ::operator new (kChunkBytes, std::align_val_t{kChunkBytes});
+    void* memory = chunk_source().take();
     const auto capacity =
         static_cast<std::uint32_t>((kChunkBytes - kChunkHeader) / block_size(index));
     enlist(*::new (memory) Chunk{.previous = nullptr,
@@ -140,7 +203,6 @@ class Depot {
   Chunk* available_ = nullptr;  // chunks that have a block to give
 };
 
-// Never destroyed: frames may be freed while static objects go.
 Depot& depot(std::size_t index) {
   static Depot* const depots = new Depot[kClasses];
   return depots[index];

@@ -75,6 +75,9 @@ class AioContext final : public CoContext {
   /// May be called from a callback. A blocking poll aborts inside a coroutine.
   bool poll(bool blocking);
 
+  /// Blocking polls until `stop`, which a callback or coroutine sets. The context must be current.
+  void poll_until(const bool& stop);
+
   /// Makes a blocking poll return, or the next one not block.
   void notify() noexcept;
 
@@ -139,6 +142,7 @@ class AioContext final : public CoContext {
   explicit AioContext(AioContextOptions options);
 
   void make_back_end();
+  bool iterate(ThreadState& thread, bool blocking);
   void take_inbox() noexcept;
   void take_stream() noexcept;
   bool dispatch_entries(ThreadState& thread);

@@ -29,6 +29,7 @@
 // "found nothing" and "sleeping" makes the consumer's fail; a push after it sees `sleeping`.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "roost/base/platform.h"
@@ -52,7 +53,7 @@ class Inbox {
   Push push(Node& node) noexcept {
     // Relaxed: only a hint for the compare-and-swap, which reads again.
     std::uint64_t seen = head_.load(std::memory_order_relaxed);
-    for (;;) {
+    for (unsigned pauses = 1;; pauses = std::min(2 * pauses, kMaxPauses)) {
       if (seen == kClosed) return Push::kClosed;
       node.next.set(is_list(seen) ? to_node(seen) : nullptr);
       // Release publishes the node, its link and what the producer did before, to the acquire of
@@ -61,6 +62,10 @@ class Inbox {
                                       std::memory_order_relaxed)) {
         return seen == kSleeping ? Push::kWakeOwed : Push::kQueued;
       }
+      // Another producer was quicker. Whoever has the cache line gets several pushes done while
+      // the others look away, instead of one a transfer of the line.
+      for (unsigned i = 0; i < pauses; ++i) P::cpu_relax();
+      seen = head_.load(std::memory_order_relaxed);
     }
   }
 
@@ -107,6 +112,8 @@ class Inbox {
   }
 
  private:
+  static constexpr unsigned kMaxPauses = 32;
+
   // Nodes are aligned, so no node has these addresses.
   static constexpr std::uint64_t kEmpty = 0;
   static constexpr std::uint64_t kSleeping = 1;
