@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Large numbers: awaits in a row, and coroutines at once.
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <fstream>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -100,15 +98,6 @@ TEST(ScaleStress, AMillionMutualWakeUpsDoNotGrowTheStack) {
   EXPECT_EQ(wakes, kWakes);
   // From enter() on this stack, or from a poll: two depths, however many wake-ups there were.
   EXPECT_LT(stack.bytes(), 16u * 1024);
-}
-
-// Of this process, from the kernel: whatever allocator they came from.
-std::size_t resident_bytes() {
-  std::ifstream statm("/proc/self/statm");
-  std::size_t size = 0;
-  std::size_t resident = 0;
-  statm >> size >> resident;
-  return resident * static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
 }
 
 TEST(ScaleStress, AHundredThousandCoroutinesSuspendedAtOnce) {

@@ -4,7 +4,11 @@
 // Threads: constants.
 #pragma once
 
+#include <unistd.h>
+
+#include <cstddef>
 #include <cstdint>
+#include <fstream>
 
 namespace roost {
 
@@ -36,6 +40,16 @@ inline constexpr bool kSanitized = kAddressSanitizer || kThreadSanitizer;
 
 /// `full` rounds of work, or a tenth of them where each is slow.
 constexpr int rounds(int full) { return kSanitized ? full / 10 : full; }
+
+/// What this process has in memory, in bytes, as the kernel counts it: whichever allocator it is
+/// from.
+inline std::size_t resident_bytes() {
+  std::ifstream statm("/proc/self/statm");
+  std::size_t size = 0;
+  std::size_t resident = 0;
+  statm >> size >> resident;
+  return resident * static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+}
 
 /// A small, fast generator with a fixed seed, so that a run can be repeated.
 class TestRandom {

@@ -75,11 +75,12 @@ class ChunkSource {
   void* take() {
     std::lock_guard lock(mutex_);
     if (usable_.empty()) {
-      void* memory = ::operator new (kRegionBytes, std::align_val_t{kRegionBytes});
+      const std::uintptr_t address = map_region();
       // Coroutines are visited in an order that has nothing to do with their addresses, so many of
       // them want large pages. (A process with few stays small.)
-      if (!free_chunks_.empty()) ::madvise(memory, kRegionBytes, MADV_HUGEPAGE);
-      const auto address = reinterpret_cast<std::uintptr_t>(memory);
+      if (!free_chunks_.empty()) {
+        ::madvise(reinterpret_cast<void*>(address), kRegionBytes, MADV_HUGEPAGE);
+      }
       free_chunks_[address] = kAllFree;
       usable_.insert(address);
       ++spare_;
@@ -104,10 +105,22 @@ class ChunkSource {
     --spare_;
     usable_.erase(region);
     free_chunks_.erase(region);
-    ::operator delete (reinterpret_cast<void*>(region), std::align_val_t{kRegionBytes});
+    ::munmap(reinterpret_cast<void*>(region), kRegionBytes);
   }
 
  private:
+  // At a multiple of its size.
+  static std::uintptr_t map_region() {
+    void* const twice = ::mmap(nullptr, 2 * kRegionBytes, PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (twice == MAP_FAILED) throw std::bad_alloc();
+    const auto start = reinterpret_cast<std::uintptr_t>(twice);
+    const std::uintptr_t region = (start + kRegionBytes - 1) & ~(kRegionBytes - 1);
+    if (region > start) ::munmap(twice, region - start);
+    ::munmap(reinterpret_cast<void*>(region + kRegionBytes), start + kRegionBytes - region);
+    return region;
+  }
+
   static constexpr std::uint32_t kAllFree = ~0u;
   static_assert(kRegionBytes / kChunkBytes == 32, "a bit a chunk");
 
