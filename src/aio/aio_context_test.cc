@@ -8,6 +8,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <string>
 #include <thread>
@@ -540,6 +541,22 @@ TEST_P(Contexts, BusyPollingThatBurnsIdleCpu) {
   // At most one busy wait of poll_max_ns, and then nothing.
   EXPECT_LT(after.cpu_ns - before.cpu_ns, kSanitized ? 10'000'000 : 2'000'000);
   EXPECT_LE(after.sleeps - before.sleeps, 3u);
+}
+
+// Nor does one that has something to do now and then: a wait that no busy wait could have caught
+// must not teach it to spin.
+TEST_P(Contexts, BusyPollingThatBurnsTheCpuOfAnAlmostIdleContext) {
+  PollBudget budget(1000);
+  auto o = options("almost idle");
+  o.poll_budget = &budget;
+  IOThread thread(o);
+  const std::int64_t before = thread.context().run(thread_cpu_ns);
+  for (int i = 0; i < 20; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    thread.context().run([] {});
+  }
+  const std::int64_t after = thread.context().run(thread_cpu_ns);
+  EXPECT_LT(after - before, kSanitized ? 60'000'000 : 10'000'000) << "of 200 ms";
 }
 
 TEST_P(Contexts, LostWakeUpsWhenSleepingRacesWithPosting) {
