@@ -108,8 +108,11 @@ std::shared_ptr<AioContext> AioContext::create(AioContextOptions options) {
   return std::shared_ptr<AioContext>(new AioContext(std::move(options)));
 }
 
+AioContextIndex::AioContextIndex() : value(context_indices().take()) {}
+AioContextIndex::~AioContextIndex() { context_indices().give_back(value); }
+
 AioContext::AioContext(AioContextOptions options)
-    : CoContext(context_indices().take(), options.name),
+    : CoContext(AioContextIndex::value, options.name),
       options_(std::move(options)),
       poll_budget_(options_.poll_budget ? *options_.poll_budget : PollBudget::of_process()),
       wake_fd_(make_wake_fd()),
@@ -121,7 +124,6 @@ AioContext::AioContext(AioContextOptions options)
 AioContext::~AioContext() {
   close();
   poll_budget_.sleeps();
-  context_indices().give_back(index());
 }
 
 void AioContext::close() noexcept {
@@ -364,6 +366,10 @@ bool AioContext::wait(std::int64_t timeout_ns) {
       return io.poll(0) || hooked;
     }
     ++statistics_.spins_in_vain;
+    if (timeout_ns > 0) {
+      timeout_ns = std::max<std::int64_t>(0, timeout_ns - (clock().now_ns() - start));
+      if (timeout_ns == 0) return io.poll(0);
+    }
   }
 
   if (!inbox_.try_sleep()) return io.poll(0);

@@ -10,6 +10,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
@@ -57,11 +58,13 @@ class EpollBackEnd final : public BackEnd {
 
   bool poll(std::int64_t timeout_ns) override {
     immediate_ = 0;
-    if (deferred_head_ || next_ready_ < ready_count_) context_.wait_ended();  // there is no wait
-    bool progress = complete_deferred();
-    if (next_ready_ == ready_count_) {
-      gather(progress ? 0 : timeout_ns);
+    if (deferred_head_ || next_ready_ < ready_count_) {
+      // There is no wait, and the context must not be left asleep nor waited with awake.
+      context_.wait_ended();
+      timeout_ns = 0;
     }
+    bool progress = complete_deferred();
+    if (next_ready_ == ready_count_) gather(timeout_ns);
     // A nested poll continues after the event whose callback it was called from.
     while (next_ready_ < ready_count_) {
       const epoll_event event = ready_[next_ready_++];
@@ -164,13 +167,40 @@ class EpollBackEnd final : public BackEnd {
     IoRequest& request;
   };
 
+  // A request that failed before it was waited for; completed, as all are, from a later iteration.
+  struct Refusal : CallbackEntry {
+    Refusal(EpollBackEnd& owner, IoRequest& r)
+        : CallbackEntry(&deliver), back_end(owner), request(r) {}
+    static bool deliver(CallbackEntry& entry) noexcept {
+      auto& refusal = static_cast<Refusal&>(entry);
+      IoRequest& r = refusal.request;
+      --refusal.back_end.requests_in_flight_;
+      delete &refusal;
+      r.complete(r);
+      return true;
+    }
+    EpollBackEnd& back_end;
+    IoRequest& request;
+  };
+
   // Asks the kernel what is ready; true if something is. REQUIRES: all of ready_ is dispatched.
   bool gather(std::int64_t timeout_ns) noexcept {
     next_ready_ = ready_count_ = 0;
-    timespec limit{.tv_sec = timeout_ns / 1'000'000'000, .tv_nsec = timeout_ns % 1'000'000'000};
-    const int count =
-        ::epoll_pwait2(epoll_fd_.get(), ready_.data(), static_cast<int>(ready_.size()),
-                       timeout_ns < 0 ? nullptr : &limit, nullptr);
+    int count = -1;
+    if (!coarse_) {
+      timespec limit{.tv_sec = timeout_ns / 1'000'000'000, .tv_nsec = timeout_ns % 1'000'000'000};
+      count = ::epoll_pwait2(epoll_fd_.get(), ready_.data(), static_cast<int>(ready_.size()),
+                             timeout_ns < 0 ? nullptr : &limit, nullptr);
+      // Linux before 5.11, or a sandbox from before then: milliseconds have to do.
+      coarse_ = count < 0 && (errno == ENOSYS || errno == EPERM);
+    }
+    if (coarse_) {
+      const std::int64_t ms = std::min<std::int64_t>((timeout_ns + 999'999) / 1'000'000, 1 << 30);
+      count = ::epoll_wait(epoll_fd_.get(), ready_.data(), static_cast<int>(ready_.size()),
+                           timeout_ns < 0 ? -1 : static_cast<int>(ms));
+    }
+    ROOST_CHECK(count >= 0 || errno == EINTR, "epoll of context '{}' fails: errno {}",
+                context_.name(), errno);
     if (count > 0) ready_count_ = static_cast<unsigned>(count);
     context_.wait_ended();
     return ready_count_ > 0;
@@ -218,7 +248,8 @@ class EpollBackEnd final : public BackEnd {
     if (found == sockets_.end()) return false;
     IoRequest* const request = std::exchange(found->second.*direction, nullptr);
     if (found->second.recv || found->second.send) {
-      arm_socket(fd, found->second);
+      ROOST_CHECK(arm_socket(fd, found->second), "descriptor {} of context '{}' got lost: errno {}",
+                  fd, context_.name(), errno);
     } else {
       sockets_.erase(found);
     }
@@ -254,19 +285,23 @@ class EpollBackEnd final : public BackEnd {
     IoRequest*& slot = request.op == IoRequest::Op::kRecv ? wait.recv : wait.send;
     ROOST_CHECK(!slot, "two coroutines wait on one direction of descriptor {}", request.fd);
     slot = &request;
-    arm_socket(request.fd, wait);
+    if (arm_socket(request.fd, wait)) return;
+    // Too many descriptors are being waited for, or there is no memory: that is the request's loss.
+    const int error = errno;
+    slot = nullptr;
+    if (!wait.recv && !wait.send) sockets_.erase(request.fd);
+    request.result = -error;
+    context_.post_here(*new Refusal(*this, request));
   }
 
   // One-shot: the descriptor may be closed and its number used again without our being told, so
   // nothing is assumed about what the kernel still knows.
-  void arm_socket(int fd, const SocketWait& wait) {
+  bool arm_socket(int fd, const SocketWait& wait) {
     epoll_event event{
         .events = EPOLLONESHOT | (wait.recv ? EPOLLIN : 0u) | (wait.send ? EPOLLOUT : 0u),
         .data = {.u64 = key(fd, kSocket)}};
-    if (::epoll_ctl(epoll_fd_.get(), EPOLL_CTL_MOD, fd, &event) == 0) return;
-    ROOST_CHECK(errno == ENOENT && ::epoll_ctl(epoll_fd_.get(), EPOLL_CTL_ADD, fd, &event) == 0,
-                "descriptor {} of context '{}' cannot be waited for: errno {}", fd, context_.name(),
-                errno);
+    return ::epoll_ctl(epoll_fd_.get(), EPOLL_CTL_MOD, fd, &event) == 0 ||
+           (errno == ENOENT && ::epoll_ctl(epoll_fd_.get(), EPOLL_CTL_ADD, fd, &event) == 0);
   }
 
   void hand_to_pool(IoRequest& request) {
@@ -288,6 +323,7 @@ class EpollBackEnd final : public BackEnd {
   unsigned deferred_count_ = 0;
   unsigned immediate_ = 0;
   unsigned requests_in_flight_ = 0;
+  bool coarse_ = false;  // the kernel has no epoll_pwait2
 };
 
 }  // namespace

@@ -36,6 +36,7 @@ std::int64_t IoRequest::execute(bool dont_wait) const noexcept {
                          file_offset, flags | nowait);
         break;
       case Op::kWritev:
+        if (dont_wait && (flags & (RWF_DSYNC | RWF_SYNC))) return -EAGAIN;  // it waits for the disk
         done = ::pwritev2(fd, static_cast<const iovec*>(address), static_cast<int>(length),
                           file_offset, flags | nowait);
         break;

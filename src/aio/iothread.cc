@@ -8,13 +8,29 @@
 namespace roost {
 
 IOThread::IOThread(AioContextOptions options)
-    : context_(AioContext::create(std::move(options))), thread_([this] {
-        // The kernel keeps 15 characters.
-        ::pthread_setname_np(::pthread_self(), context_->name().substr(0, 15).c_str());
-        ContextScope scope(*context_);
-        context_->poll_until(stop_entry_.reached);
-        context_->release_back_end();
-      }) {}
+    : context_(AioContext::create(std::move(options))), thread_([this] { run(); }) {
+  try {
+    started_.get_future().get();
+  } catch (...) {
+    thread_.join();
+    throw;
+  }
+}
+
+void IOThread::run() {
+  // The kernel keeps 15 characters.
+  ::pthread_setname_np(::pthread_self(), context_->name().substr(0, 15).c_str());
+  ContextScope scope(*context_);
+  try {
+    context_->back_end();
+  } catch (...) {
+    started_.set_exception(std::current_exception());
+    return;
+  }
+  started_.set_value();
+  context_->poll_until(stop_entry_.reached);
+  context_->release_back_end();
+}
 
 IOThread::~IOThread() {
   stop();

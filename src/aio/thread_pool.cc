@@ -3,6 +3,8 @@
 
 #include <pthread.h>
 
+#include <exception>
+
 namespace roost {
 
 ThreadPool::~ThreadPool() {
@@ -15,21 +17,28 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::submit(Work& work) {
-  bool start_one;
   {
     std::lock_guard lock(mutex_);
-    work.next = nullptr;
-    if (tail_) {
-      tail_->next = &work;
-    } else {
-      head_ = &work;
+    if (queued_ + 1 > waiting_ && threads_.size() < max_threads_) start_thread();
+    if (!threads_.empty()) {
+      work.next = nullptr;
+      (tail_ ? tail_->next : head_) = &work;
+      tail_ = &work;
+      ++queued_;
+      work_available_.notify_one();
+      return;
     }
-    tail_ = &work;
-    ++queued_;
-    start_one = queued_ > waiting_ && threads_.size() < max_threads_;
-    if (start_one) threads_.emplace_back([this] { serve(); });
   }
-  if (!start_one) work_available_.notify_one();
+  // The system gives us no thread at all: late is better than never.
+  work.run(work);
+}
+
+// Where the system refuses another thread, those that are there do the work.
+void ThreadPool::start_thread() {
+  try {
+    threads_.emplace_back([this] { serve(); });
+  } catch (const std::exception&) {
+  }
 }
 
 void ThreadPool::serve() {

@@ -9,8 +9,9 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cerrno>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "roost/aio/io.h"
@@ -79,30 +80,40 @@ class FileDisk final : public BlockDriver {
   Task<Result<void>> write(std::uint64_t offset, std::span<const iovec> from, bool fua) override {
     RemainingBuffers buffers(from);
     while (buffers.left() > 0) {
-      const std::int64_t n =
-          co_await io_writev(fd_.get(), buffers.get(), offset, fua ? RWF_DSYNC : 0);
+      const std::int64_t n = co_await io_writev(fd_.get(), buffers.get(), offset);
       if (n > 0) [[likely]] {
         buffers.advance(static_cast<std::uint64_t>(n));
         offset += static_cast<std::uint64_t>(n);
       } else if (n == 0 || (n != -EINTR && n != -EAGAIN)) {
         const int error = n == 0 ? ENOSPC : static_cast<int>(-n);
-        // A durable write reports what writing back found, once, and the next flush would not.
-        if (fua && error == EIO) flush_error_.store(EIO, std::memory_order_relaxed);
         co_return fail(error, describe("pwrite", offset, buffers.left()));
       }
     }
+    // Not RWF_DSYNC: the kernel tells of a write that could not be brought to the device once per
+    // open file, whoever asks first. So there is one place that asks.
+    if (fua) co_return co_await flush();
     co_return Result<void>();
   }
 
+  // One fdatasync at a time; those that come meanwhile share the next. So whoever is told "success"
+  // knows the outcome of every sync before his own, and many flushes cost little more than one.
   Task<Result<void>> flush() override {
-    std::int64_t result = co_await io_data_sync(fd_.get());
-    // Relaxed: who has been told of an error by another request sees it; others run beside it.
-    if (result < 0) {
-      flush_error_.store(static_cast<int>(-result), std::memory_order_relaxed);
-    } else {
-      result = -flush_error_.load(std::memory_order_relaxed);
-    }
-    if (result < 0) co_return fail(static_cast<int>(-result), "fdatasync " + name());
+    Waiter me;
+    const auto join = [this, waiter = &me](Coroutine& co) noexcept {
+      waiter->co = &co;
+      bool first = false;
+      {
+        std::lock_guard lock(flush_mutex_);
+        waiter->next = next_flush_;
+        next_flush_ = waiter;
+        first = !std::exchange(flushing_, true);
+      }
+      // The first is its own leader. From the unlock on, only a leader may touch the others.
+      if (first) wake_waiter(co);
+    };
+    co_await suspend_waiting("a flush", join);
+    if (!me.done) co_await lead_flush();
+    if (me.error != 0) co_return fail(me.error, "fdatasync " + name());
     co_return Result<void>();
   }
 
@@ -134,6 +145,43 @@ class FileDisk final : public BlockDriver {
   }
 
  private:
+  struct Waiter {
+    Coroutine* co = nullptr;
+    Waiter* next = nullptr;
+    int error = 0;
+    bool done = false;
+  };
+
+  // Syncs for everybody who waits now, and hands the lead to one of those who came meanwhile.
+  Task<void> lead_flush() {
+    Waiter* batch = nullptr;
+    {
+      std::lock_guard lock(flush_mutex_);
+      batch = std::exchange(next_flush_, nullptr);
+    }
+    std::int64_t result = 0;
+    do {
+      result = co_await io_data_sync(fd_.get());
+    } while (result == -EINTR);
+    // For ever: the kernel may have dropped what it could not write.
+    if (result < 0) flush_error_ = static_cast<int>(-result);
+    const int error = flush_error_;
+    Waiter* leader = nullptr;
+    {
+      std::lock_guard lock(flush_mutex_);
+      leader = next_flush_;
+      if (!leader) flushing_ = false;
+    }
+    const Coroutine* const self = Coroutine::self();
+    while (Waiter* waiter = batch) {
+      batch = waiter->next;
+      waiter->error = error;
+      waiter->done = true;
+      if (waiter->co != self) wake_waiter(*waiter->co);
+    }
+    if (leader) wake_waiter(*leader->co);
+  }
+
   std::string describe(const char* what, std::uint64_t offset, std::uint64_t length) const {
     return std::string(what) + " " + name() + " at " + std::to_string(offset) + "+" +
            std::to_string(length);
@@ -153,7 +201,11 @@ class FileDisk final : public BlockDriver {
   }
 
   const UniqueFd fd_;
-  std::atomic<int> flush_error_{0};  // an errno once durability was lost; never cleared
+
+  std::mutex flush_mutex_;
+  Waiter* next_flush_ = nullptr;  // guarded: wait for the next sync
+  bool flushing_ = false;         // guarded: somebody leads
+  int flush_error_ = 0;           // the leader's: an errno once durability was lost, never cleared
 };
 
 Result<std::uint64_t> size_of(int fd, const std::string& path) {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The roost program: reads the command line.
 
-#include <fmt/format.h>
 #include <signal.h>
 
 #include <CLI/CLI.hpp>
@@ -28,7 +27,8 @@ constexpr const char* kServeExamples = R"(Examples:
 constexpr int kUsageError = 2;
 
 int usage_error(const roost::Error& error) {
-  fmt::print(stderr, "roost: {}\nRun with --help for more information.\n", error.message());
+  std::fprintf(stderr, "roost: %s\nRun with --help for more information.\n",
+               error.message().c_str());
   return kUsageError;
 }
 

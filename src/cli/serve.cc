@@ -25,8 +25,9 @@ namespace {
 constexpr std::int64_t kStopTimeoutNs = 10'000'000'000;
 
 void report(const std::string& line) {
-  // One write, so that lines of several threads do not mix.
-  fmt::print(stderr, "{}", "roost: " + line + "\n");
+  // One write, so that lines of several threads do not mix. Whether anybody reads it is not ours.
+  const std::string whole = "roost: " + line + "\n";
+  [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, whole.data(), whole.size());
 }
 
 struct Disk {

@@ -138,9 +138,11 @@ Coroutine::Coroutine(std::coroutine_handle<> root, CoContext* home) noexcept
       name_("") {}
 
 Coroutine* Coroutine::create(Task<void> task, const char* name) {
+  // Memory first: if there is none, the task still owns its frame.
+  void* const memory = operator new(sizeof(Coroutine));
   auto root = task.release();
   ROOST_CHECK(root, "coroutine '{}' made of a task that was moved from", name);
-  auto* co = new Coroutine(root, this_thread().context);
+  auto* co = ::new (memory) Coroutine(root, this_thread().context);
   co->name_ = name;
   root.promise().co = co;
   return co;
@@ -281,6 +283,8 @@ struct EntryCopy {
 }
 
 void prefetch_entry(const CoroutineEntry& entry) noexcept {
+  // The driver's part of the block, behind what the scheduler touched.
+  __builtin_prefetch(&entry.co->next_);
   // The root frame is most often the one that goes on, and its address never changes.
   const auto* frame = static_cast<const char*>(entry.co->root_.address());
   __builtin_prefetch(frame);

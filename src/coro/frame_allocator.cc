@@ -14,7 +14,6 @@
 #include <cstdint>
 #include <mutex>
 #include <new>
-#include <set>
 #include <unordered_map>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -74,41 +73,57 @@ class ChunkSource {
   /// Throws std::bad_alloc.
   void* take() {
     std::lock_guard lock(mutex_);
-    if (usable_.empty()) {
-      const std::uintptr_t address = map_region();
-      // Coroutines are visited in an order that has nothing to do with their addresses, so many of
-      // them want large pages. (A process with few stays small.)
-      if (!free_chunks_.empty()) {
-        ::madvise(reinterpret_cast<void*>(address), kRegionBytes, MADV_HUGEPAGE);
-      }
-      free_chunks_[address] = kAllFree;
-      usable_.insert(address);
-      ++spare_;
-    }
-    const std::uintptr_t region = *usable_.begin();
-    std::uint32_t& free = free_chunks_[region];
-    if (free == kAllFree) --spare_;
-    const int first = std::countr_zero(free);
-    free &= ~(1u << first);
-    if (free == 0) usable_.erase(region);
-    return reinterpret_cast<void*>(region + static_cast<std::uintptr_t>(first) * kChunkBytes);
+    if (!usable_) add_region();
+    Region& region = *usable_;
+    if (region.free == kAllFree) --spare_;
+    const int first = std::countr_zero(region.free);
+    region.free &= ~(1u << first);
+    if (region.free == 0) unlist(region);
+    return reinterpret_cast<void*>(region.address +
+                                   static_cast<std::uintptr_t>(first) * kChunkBytes);
   }
 
   void give_back(void* chunk) noexcept {
     std::lock_guard lock(mutex_);
     const auto address = reinterpret_cast<std::uintptr_t>(chunk);
-    const std::uintptr_t region = address & ~std::uintptr_t{kRegionBytes - 1};
-    std::uint32_t& free = free_chunks_[region];
-    if (free == 0) usable_.insert(region);
-    free |= 1u << ((address - region) / kChunkBytes);
-    if (free != kAllFree || ++spare_ <= kSpareRegions) return;
+    const auto found = regions_.find(address & ~std::uintptr_t{kRegionBytes - 1});
+    Region& region = found->second;
+    if (region.free == 0) enlist(region);
+    region.free |= 1u << ((address - region.address) / kChunkBytes);
+    if (region.free != kAllFree || ++spare_ <= kSpareRegions) return;
     --spare_;
-    usable_.erase(region);
-    free_chunks_.erase(region);
-    ::munmap(reinterpret_cast<void*>(region), kRegionBytes);
+    unlist(region);
+    ::munmap(reinterpret_cast<void*>(region.address), kRegionBytes);
+    regions_.erase(found);
   }
 
  private:
+  struct Region {
+    std::uintptr_t address;
+    std::uint32_t free;  // a bit a chunk
+    Region* previous;    // in the list of those with a free chunk
+    Region* next;
+  };
+  static constexpr std::uint32_t kAllFree = ~0u;
+  static_assert(kRegionBytes / kChunkBytes == 32, "a bit a chunk");
+
+  void add_region() {
+    const std::uintptr_t address = map_region();
+    // Coroutines are visited in an order that has nothing to do with their addresses, so many of
+    // them want large pages. (A process with few stays small.)
+    if (!regions_.empty()) {
+      ::madvise(reinterpret_cast<void*>(address), kRegionBytes, MADV_HUGEPAGE);
+    }
+    try {
+      const Region made{.address = address, .free = kAllFree, .previous = nullptr, .next = nullptr};
+      enlist(regions_.emplace(address, made).first->second);
+    } catch (...) {
+      ::munmap(reinterpret_cast<void*>(address), kRegionBytes);
+      throw;
+    }
+    ++spare_;
+  }
+
   // At a multiple of its size.
   static std::uintptr_t map_region() {
     void* const twice = ::mmap(nullptr, 2 * kRegionBytes, PROT_READ | PROT_WRITE,
@@ -121,13 +136,22 @@ class ChunkSource {
     return region;
   }
 
-  static constexpr std::uint32_t kAllFree = ~0u;
-  static_assert(kRegionBytes / kChunkBytes == 32, "a bit a chunk");
+  void enlist(Region& region) noexcept {
+    region.previous = nullptr;
+    region.next = usable_;
+    if (usable_) usable_->previous = &region;
+    usable_ = &region;
+  }
+
+  void unlist(Region& region) noexcept {
+    (region.previous ? region.previous->next : usable_) = region.next;
+    if (region.next) region.next->previous = region.previous;
+  }
 
   std::mutex mutex_;
-  std::unordered_map<std::uintptr_t, std::uint32_t> free_chunks_;  // of each region, as bits
-  std::set<std::uintptr_t> usable_;  // regions with a free chunk; low addresses fill up first
-  std::size_t spare_ = 0;            // regions all of whose chunks are free
+  std::unordered_map<std::uintptr_t, Region> regions_;  // by address
+  Region* usable_ = nullptr;
+  std::size_t spare_ = 0;  // regions all of whose chunks are free
 };
 
 // Never destroyed, like the depots: frames may be freed while static objects go.

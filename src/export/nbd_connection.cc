@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "export/nbd_connection.h"
 
+#include <linux/sockios.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -23,6 +25,12 @@ constexpr std::size_t kMaxRepliesPerSend = 256;
 
 // Lines about failed requests that one connection may write to the log.
 constexpr unsigned kMaxLoggedErrors = 8;
+
+// How long a client may take to fetch its last replies, and how often to look.
+constexpr std::int64_t kLingerNs = 5'000'000'000;
+constexpr std::int64_t kLingerStepNs = 2'000'000;
+
+Result<void> out_of_memory() { return fail(ENOMEM, "out of memory"); }  // short: needs none itself
 
 }  // namespace
 
@@ -81,23 +89,36 @@ void NbdConnection::stop() noexcept {
 
 void NbdConnection::disconnect() noexcept {
   stopping_.store(true, std::memory_order_relaxed);
+  disconnected_.store(true);
   ::shutdown(socket_.get(), SHUT_RDWR);
 }
 
 // Only the first reason is worth a line: what follows is its consequence.
-void NbdConnection::give_up(std::string why) {
+void NbdConnection::give_up(std::string_view why) noexcept {
   if (dead_) return;
   dead_ = true;
-  server_.log((export_name_.empty() ? "" : "export '" + export_name_ + "': ") + peer_ + ": " + why +
-              "; connection closed");
+  log([&] { return std::string(why) + "; connection closed"; });
   ::shutdown(socket_.get(), SHUT_RDWR);
+}
+
+// A line with the names of the export and the peer in front; none if there is no memory for it.
+template <class Message>
+void NbdConnection::log(Message message) noexcept {
+  try {
+    server_.log((disk_ ? "export '" + export_name_ + "': " : "") + peer_ + ": " + message());
+  } catch (const std::bad_alloc&) {
+  }
 }
 
 Task<void> NbdConnection::run(std::shared_ptr<NbdConnection> self) {
   self->reader_ = Coroutine::self();
   self->context_ = AioContext::current();
-  const bool transmission = co_await self->negotiate();
-  if (transmission) co_await self->transmit();
+  try {
+    const bool transmission = co_await self->negotiate();
+    if (transmission) co_await self->transmit();
+  } catch (const std::bad_alloc&) {
+    self->give_up("out of memory");
+  }
   self->server_.connection_ended(*self);
 }
 
@@ -183,6 +204,16 @@ void NbdConnection::take_place(std::size_t bytes) noexcept {
   bytes_in_flight_ += bytes;
 }
 
+void NbdConnection::give_place_back(std::size_t bytes) noexcept {
+  --requests_in_flight_;
+  bytes_in_flight_ -= bytes;
+}
+
+// Not woken but scheduled: it gets its turn after everything that is ready now.
+void NbdConnection::wake_sender() noexcept {
+  if (std::exchange(sender_waits_, false)) co_schedule(*context_, *sender_);
+}
+
 void NbdConnection::wake_reader() noexcept {
   if (std::exchange(reader_waits_, false)) co_wake(*reader_);
 }
@@ -192,7 +223,36 @@ void NbdConnection::wake_reader() noexcept {
 Task<void> NbdConnection::transmit() {
   sender_ = Coroutine::create(sender(), "nbd sender");
   sender_->enter();
+  try {
+    co_await read_requests();
+  } catch (const std::bad_alloc&) {
+    give_up("out of memory");
+  }
+  // The sender ends once every request that was read is answered, or cannot be.
+  sender_ends_ = true;
+  wake_sender();
+  while (sender_) {
+    reader_waits_ = true;
+    co_await yield();
+  }
+  if (!dead_) co_await see_replies_off();
+}
 
+// Closing a socket that holds unread data makes the kernel forget what it has not sent yet: reads
+// and forgets the one until the other is gone, for as long as a client may take that.
+Task<void> NbdConnection::see_replies_off() {
+  ::shutdown(socket_.get(), SHUT_WR);
+  for (std::int64_t waited_ns = 0; waited_ns < kLingerNs && !disconnected_.load();
+       waited_ns += kLingerStepNs) {
+    while (::recv(socket_.get(), chunk_->bytes, kChunkSize, MSG_DONTWAIT) > 0) {
+    }
+    int unsent = 0;
+    if (::ioctl(socket_.get(), SIOCOUTQ, &unsent) < 0 || unsent == 0) break;
+    co_await sleep_for(kLingerStepNs);
+  }
+}
+
+Task<void> NbdConnection::read_requests() {
   std::span<const std::byte> input = unparsed_;
   bool done = false;
   while (!done && receiving() && !dead_) {
@@ -241,21 +301,26 @@ Task<void> NbdConnection::transmit() {
       parser_.skip_payload();
       reply_error(request, error, bytes);
     } else if (request.command == nbd::Command::kRead) {
-      Coroutine::create(run_read(request), "nbd read")->enter();
+      start(request, bytes, [&] { return run_read(request); });
     } else if (request.command == nbd::Command::kWrite && request.length > 0) {
       done = !co_await accept_write(input, request);
     } else {
-      Coroutine::create(run_other(request), "nbd request")->enter();
+      start(request, bytes, [&] { return run_other(request); });
     }
   }
+}
 
-  // The sender ends once every request that was read is answered, or cannot be.
-  sender_ends_ = true;
-  if (std::exchange(sender_waits_, false)) co_schedule(*context_, *sender_);
-  while (sender_) {
-    reader_waits_ = true;
-    co_await yield();
+// Runs what `make` makes in a coroutine of its own, or answers that there is no memory for it.
+template <class Make>
+void NbdConnection::start(const nbd::Request& request, std::size_t bytes_held, Make make) {
+  Coroutine* co = nullptr;
+  try {
+    co = Coroutine::create(make(), "nbd request");
+  } catch (const std::bad_alloc&) {
+    reply_error(request, ENOMEM, bytes_held);
+    return;
   }
+  co->enter();
 }
 
 Task<bool> NbdConnection::accept_write(std::span<const std::byte>& input,
@@ -277,16 +342,14 @@ Task<bool> NbdConnection::accept_write(std::span<const std::byte>& input,
       const std::int64_t n = co_await io_recv(socket_.get(), missing, MSG_WAITALL);
       if (n <= 0) {
         if (receiving()) give_up("vanished in the middle of a write");
-        // There is nobody to answer: the place is given back with the rest of the connection.
-        --requests_in_flight_;
-        bytes_in_flight_ -= request.length;
+        give_place_back(request.length);  // there is nobody to answer
         co_return false;
       }
       missing = missing.subspan(static_cast<std::size_t>(n));
     }
     parser_.payload_received(static_cast<std::uint32_t>(payload.rest_size));
   }
-  Coroutine::create(run_write(request, std::move(payload)), "nbd write")->enter();
+  start(request, request.length, [&] { return run_write(request, std::move(payload)); });
   co_return true;
 }
 
@@ -298,7 +361,12 @@ Task<void> NbdConnection::run_read(nbd::Request request) {
     reply_error(request, ENOMEM, request.length);
     co_return;
   }
-  const Result<void> result = co_await disk_->read(request.offset, reply->payload());
+  Result<void> result;
+  try {
+    result = co_await disk_->read(request.offset, reply->payload());
+  } catch (const std::bad_alloc&) {
+    result = out_of_memory();
+  }
   if (!result) {
     Reply::free(reply);
     reply_result(request, result, request.length);
@@ -315,20 +383,29 @@ Task<void> NbdConnection::run_write(nbd::Request request, WritePayload payload) 
   std::span<const iovec> data = pieces;
   if (payload.front.empty()) data = data.last(1);
   if (payload.rest_size == 0) data = data.first(1);
-  const Result<void> result = co_await disk_->write(request.offset, data, request.fua());
+  Result<void> result;
+  try {
+    result = co_await disk_->write(request.offset, data, request.fua());
+  } catch (const std::bad_alloc&) {
+    result = out_of_memory();
+  }
   reply_result(request, result, request.length);
 }
 
 Task<void> NbdConnection::run_other(nbd::Request request) {
   Result<void> result;
-  if (request.command == nbd::Command::kFlush) {
-    result = co_await disk_->flush();
-  } else if (request.command == nbd::Command::kTrim) {
-    result = co_await disk_->discard(request.offset, request.length);
-    if (result && request.fua()) result = co_await disk_->flush();
-  } else if (request.command == nbd::Command::kWriteZeroes) {
-    const ZeroFlags flags{.may_unmap = !request.no_hole(), .fua = request.fua()};
-    result = co_await disk_->write_zeroes(request.offset, request.length, flags);
+  try {
+    if (request.command == nbd::Command::kFlush) {
+      result = co_await disk_->flush();
+    } else if (request.command == nbd::Command::kTrim) {
+      result = co_await disk_->discard(request.offset, request.length);
+      if (result && request.fua()) result = co_await disk_->flush();
+    } else if (request.command == nbd::Command::kWriteZeroes) {
+      const ZeroFlags flags{.may_unmap = !request.no_hole(), .fua = request.fua()};
+      result = co_await disk_->write_zeroes(request.offset, request.length, flags);
+    }
+  } catch (const std::bad_alloc&) {
+    result = out_of_memory();
   }
   reply_result(request, result, request.payload_size());
 }
@@ -337,8 +414,10 @@ void NbdConnection::reply_result(const nbd::Request& request, const Result<void>
                                  std::size_t bytes_held) {
   if (!result && logged_errors_ < kMaxLoggedErrors) {
     ++logged_errors_;
-    server_.log("export '" + export_name_ + "': " + peer_ + ": " + result.error().message() +
-                (logged_errors_ == kMaxLoggedErrors ? " (the last one shown)" : ""));
+    log([&] {
+      return result.error().message() +
+             (logged_errors_ == kMaxLoggedErrors ? " (the last one shown)" : "");
+    });
   }
   reply_error(request, result ? 0 : result.error().code(), bytes_held);
 }
@@ -347,9 +426,10 @@ void NbdConnection::reply_error(const nbd::Request& request, int error, std::siz
   Reply* reply = Reply::make(0, bytes_held);
   if (!reply) {
     // Not even sixteen bytes: the client cannot be told, so it has to go.
-    --requests_in_flight_;
-    bytes_in_flight_ -= bytes_held;
     give_up("out of memory");
+    give_place_back(bytes_held);
+    wake_sender();
+    wake_reader();
     return;
   }
   reply->set_header(error, request.cookie);
@@ -361,8 +441,7 @@ void NbdConnection::reply_error(const nbd::Request& request, int error, std::siz
 void NbdConnection::queue(Reply* reply) noexcept {
   (last_reply_ ? last_reply_->next : first_reply_) = reply;
   last_reply_ = reply;
-  // Not woken but scheduled: it gets its turn after everything that is ready now.
-  if (std::exchange(sender_waits_, false)) co_schedule(*context_, *sender_);
+  wake_sender();
 }
 
 Task<void> NbdConnection::sender() {
@@ -411,8 +490,7 @@ Task<void> NbdConnection::sender() {
       Reply* const reply = first_reply_;
       first_reply_ = reply->next;
       if (!first_reply_) last_reply_ = nullptr;
-      --requests_in_flight_;
-      bytes_in_flight_ -= reply->bytes_held;
+      give_place_back(reply->bytes_held);
       Reply::free(reply);
     }
     wake_reader();

@@ -18,6 +18,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "roost/aio/timer.h"
 #include "roost/export/nbd_server.h"
@@ -54,6 +55,8 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   Task<bool> negotiate();
   Task<bool> send_all(std::span<const std::byte> bytes);
   Task<void> transmit();
+  Task<void> read_requests();
+  Task<void> see_replies_off();
   Task<bool> accept_write(std::span<const std::byte>& input, const nbd::Request& request);
   Task<void> sender();
 
@@ -63,11 +66,17 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
 
   bool over_limits(std::size_t bytes) const noexcept;
   void take_place(std::size_t bytes) noexcept;
+  void give_place_back(std::size_t bytes) noexcept;
+  template <class Make>
+  void start(const nbd::Request& request, std::size_t bytes_held, Make make);
   void reply_error(const nbd::Request& request, int error, std::size_t bytes_held);
   void reply_result(const nbd::Request& request, const Result<void>& result,
                     std::size_t bytes_held);
   void queue(Reply* reply) noexcept;
-  void give_up(std::string why);
+  void give_up(std::string_view why) noexcept;
+  template <class Message>
+  void log(Message message) noexcept;
+  void wake_sender() noexcept;
   void wake_reader() noexcept;
   bool receiving() const noexcept { return !stopping_.load(std::memory_order_relaxed); }
 
@@ -75,6 +84,7 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   const UniqueFd socket_;
   const std::string peer_;
   std::atomic<bool> stopping_{false};
+  std::atomic<bool> disconnected_{false};
 
   // The connection's context.
   AioContext* context_ = nullptr;

@@ -76,7 +76,11 @@ void NbdServer::accept_some(Listener& listener) {
     UniqueFd client(
         ::accept4(listener.socket.fd(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (client) {
-      serve(std::move(client));
+      try {
+        serve(std::move(client));
+      } catch (const std::bad_alloc&) {
+        log("a client is turned away: out of memory");
+      }
       continue;
     }
     if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
@@ -95,13 +99,21 @@ void NbdServer::serve(UniqueFd client) {
   // Fails on unix sockets, which do not delay anything.
   ::setsockopt(client.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   auto connection = std::make_shared<NbdConnection>(*this, std::move(client));
-  {
+  Coroutine* const co = Coroutine::create(NbdConnection::run(connection), "nbd connection");
+  bool welcome = false;
+  try {
     std::lock_guard lock(mutex_);
-    if (stopping_) return;
-    connections_.insert(connection);
+    welcome = !stopping_ && connections_.insert(connection).second;
+  } catch (...) {
+    Coroutine::destroy(co);
+    throw;
+  }
+  if (!welcome) {
+    Coroutine::destroy(co);
+    return;
   }
   AioContext& context = *options_.io_contexts[next_context_++ % options_.io_contexts.size()];
-  spawn(context, NbdConnection::run(std::move(connection)), "nbd connection");
+  co_schedule(context, *co);
 }
 
 AioContext& NbdServer::choose_context(std::size_t export_index) {

@@ -60,7 +60,14 @@ struct AioContextOptions {
   std::shared_ptr<ThreadPool> thread_pool = nullptr;
 };
 
-class AioContext final : public CoContext {
+/// Number of a context, for as long as it lives. A base, so that it comes first and goes last.
+struct AioContextIndex {
+  AioContextIndex();
+  ~AioContextIndex();
+  std::uint32_t value;
+};
+
+class AioContext final : private AioContextIndex, public CoContext {
  public:
   /// Throws std::system_error: descriptors exhausted, or io_uring demanded and refused.
   static std::shared_ptr<AioContext> create(AioContextOptions options = {});

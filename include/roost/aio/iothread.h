@@ -7,6 +7,7 @@
 #pragma once
 
 #include <atomic>
+#include <future>
 #include <memory>
 #include <thread>
 
@@ -16,7 +17,8 @@ namespace roost {
 
 class IOThread {
  public:
-  /// Makes the context and starts the thread. Throws std::system_error.
+  /// Makes the context, starts the thread, and waits until that has its back end. Throws
+  /// std::system_error.
   explicit IOThread(AioContextOptions options = {});
   ~IOThread();
   IOThread(const IOThread&) = delete;
@@ -32,6 +34,8 @@ class IOThread {
   void join();
 
  private:
+  void run();
+
   struct StopEntry : CallbackEntry {
     explicit StopEntry() noexcept : CallbackEntry(&take_effect) {}
     static bool take_effect(CallbackEntry& entry) noexcept;
@@ -41,6 +45,7 @@ class IOThread {
   std::shared_ptr<AioContext> context_;
   std::atomic<bool> stop_requested_{false};
   StopEntry stop_entry_;
+  std::promise<void> started_;
   std::thread thread_;
 };
 

@@ -25,9 +25,11 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
+  /// Where the system refuses to start a first worker, the work runs before this returns.
   void submit(Work& work);
 
  private:
+  void start_thread();
   void serve();
 
   const unsigned max_threads_;
