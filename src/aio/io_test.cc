@@ -14,16 +14,19 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <numeric>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "aio/test_loop.h"
 #include "base/test_build.h"
+#include "roost/aio/bottom_half.h"
 #include "roost/aio/unique_fd.h"
 
 namespace roost {
@@ -94,6 +97,35 @@ class Io : public LoopTest {
   }
 };
 ROOST_ON_EACH_LOOP(Io);
+
+// Operations that never block are bounded an iteration; the one after the last must not leave the
+// loop waiting while its inbox says that it is awake.
+TEST_P(Io, AnOperationPutOffDoesNotPutTheLoopToSleepAwake) {
+  auto [near, far] = unix_pair(SOCK_NONBLOCK);
+  for (int bytes : {63, 64, 65, 128, 200}) {
+    const std::string data(static_cast<std::size_t>(bytes), 'x');
+    ASSERT_EQ(::send(far.get(), data.data(), data.size(), 0), bytes);
+    int left = bytes + 1;
+    bool ended = false;
+    const auto body = [&]() -> Task<void> {
+      std::byte one[1];
+      for (; left > 0; --left) EXPECT_EQ(co_await io_recv(near.get(), one), 1);
+      ended = true;
+    };
+    Coroutine::create(body())->enter();
+    while (left > 1) context_->poll(true);
+    // Nothing more comes by itself. What another thread posts now has to be run.
+    bool ran = false;
+    std::thread poster([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      schedule_oneshot(*context_, [&ran] { ran = true; });
+    });
+    while (!ran) context_->poll(true);
+    poster.join();
+    ASSERT_EQ(::send(far.get(), "x", 1, 0), 1);
+    poll_until([&] { return ended; });
+  }
+}
 
 // ---- Files
 

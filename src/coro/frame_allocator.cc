@@ -15,6 +15,7 @@
 #include <mutex>
 #include <new>
 #include <unordered_map>
+#include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
 #define ROOST_CACHE_FRAMES 0
@@ -44,9 +45,10 @@ constexpr std::size_t kSpareRegions = 4;
 constexpr std::size_t size_class(std::size_t size) { return (size - 1) / kGranule; }
 constexpr std::size_t block_size(std::size_t index) { return (index + 1) * kGranule; }
 
-// Blocks of one class that a thread keeps; half of them move when there are more, or none.
-constexpr std::uint32_t max_cached(std::size_t index) {
-  return static_cast<std::uint32_t>(kFrameCacheBytes / block_size(index));
+// Blocks of one class that move between a thread and the depot at a time; a thread keeps two such
+// batches at most.
+constexpr std::uint32_t batch_size(std::size_t index) {
+  return static_cast<std::uint32_t>(kFrameCacheBytes / 2 / block_size(index));
 }
 
 struct FreeBlock {
@@ -249,9 +251,11 @@ Depot& depot(std::size_t index) {
 // destructor stores in its own object, compilers drop. The CacheKeeper empties it.
 struct FrameCache {
   struct Class {
-    FreeBlock* free = nullptr;
-    std::uint32_t count = 0;
-    std::uint32_t limit = 0;  // 0 until first used, and again when the thread ends
+    FreeBlock* free = nullptr;   // used first, at most a batch
+    FreeBlock* spare = nullptr;  // a whole batch, or none
+    std::uint32_t count = 0;     // in `free`
+    std::uint32_t spare_count = 0;
+    std::uint32_t limit = 0;  // a batch; 0 until first used, and again when the thread ends
   };
   Class classes[kClasses] = {};
 
@@ -260,6 +264,7 @@ struct FrameCache {
     for (std::size_t index = 0; index < kClasses; ++index) {
       Class& mine = classes[index];
       if (mine.free) depot(index).put(mine.free);
+      if (mine.spare) depot(index).put(mine.spare);
       mine = Class{};
     }
     ended = true;
@@ -268,25 +273,32 @@ struct FrameCache {
   [[gnu::noinline]] void* refill(std::size_t index) {
     Class& mine = classes[index];
     if (mine.limit == 0) open(mine, index);
-    mine.free = depot(index).take(index, ended ? 1 : std::max(mine.limit / 2, 1u), mine.count);
+    if (mine.spare) {
+      mine.free = std::exchange(mine.spare, nullptr);
+      mine.count = mine.spare_count;
+    } else {
+      mine.free = depot(index).take(index, std::max(mine.limit, 1u), mine.count);
+    }
     FreeBlock* block = mine.free;
     mine.free = block->next;
     --mine.count;
     return block;
   }
 
-  // Gives the older half of a full list away, or all where nothing is kept.
+  // A batch is full: it becomes the spare one. If there is one already, what goes is the batch that
+  // was just freed, since its blocks are still warm.
   [[gnu::noinline]] void spill(std::size_t index) noexcept {
     Class& mine = classes[index];
     if (mine.limit == 0) open(mine, index);
     if (mine.count <= mine.limit) return;
-    const std::uint32_t keep = mine.limit / 2;
-    FreeBlock** end = &mine.free;
-    for (std::uint32_t i = 0; i < keep; ++i) end = &(*end)->next;
-    FreeBlock* surplus = *end;
-    *end = nullptr;
-    mine.count = keep;
-    depot(index).put(surplus);
+    FreeBlock* const full = std::exchange(mine.free, nullptr);
+    const std::uint32_t count = std::exchange(mine.count, 0);
+    if (mine.spare || mine.limit == 0) {
+      depot(index).put(full);
+    } else {
+      mine.spare = full;
+      mine.spare_count = count;
+    }
   }
 
   static void open(Class& mine, std::size_t index) noexcept;
@@ -307,7 +319,7 @@ thread_local constinit CacheKeeper keeper;
 void FrameCache::open(Class& mine, std::size_t index) noexcept {
   if (cache.ended) return;
   keeper.keeps = true;  // touching it makes the thread call its destructor
-  mine.limit = max_cached(index);
+  mine.limit = batch_size(index);
 }
 
 }  // namespace

@@ -29,7 +29,6 @@
 // "found nothing" and "sleeping" makes the consumer's fail; a push after it sees `sleeping`.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "roost/base/platform.h"
@@ -53,7 +52,7 @@ class Inbox {
   Push push(Node& node) noexcept {
     // Relaxed: only a hint for the compare-and-swap, which reads again.
     std::uint64_t seen = head_.load(std::memory_order_relaxed);
-    for (unsigned pauses = 1;; pauses = std::min(2 * pauses, kMaxPauses)) {
+    for (;;) {
       if (seen == kClosed) return Push::kClosed;
       node.next.set(is_list(seen) ? to_node(seen) : nullptr);
       // Release publishes the node, its link and what the producer did before, to the acquire of
@@ -62,10 +61,12 @@ class Inbox {
                                       std::memory_order_relaxed)) {
         return seen == kSleeping ? Push::kWakeOwed : Push::kQueued;
       }
-      // Another producer was quicker. Whoever has the cache line gets several pushes done while
-      // the others look away, instead of one a transfer of the line.
-      for (unsigned i = 0; i < pauses; ++i) P::cpu_relax();
-      seen = head_.load(std::memory_order_relaxed);
+      if (is_list(seen)) {
+        // Another producer was quicker. Whoever has the cache line gets a few dozen pushes done
+        // while the others look away for a microsecond, instead of one a transfer of the line.
+        for (unsigned i = 0; i < kContendedPauses; ++i) P::cpu_relax();
+        seen = head_.load(std::memory_order_relaxed);
+      }
     }
   }
 
@@ -112,7 +113,7 @@ class Inbox {
   }
 
  private:
-  static constexpr unsigned kMaxPauses = 32;
+  static constexpr unsigned kContendedPauses = 64;
 
   // Nodes are aligned, so no node has these addresses.
   static constexpr std::uint64_t kEmpty = 0;

@@ -61,7 +61,7 @@ class FetchAhead {
   }
 
  private:
-  static constexpr unsigned kDistance = 8;
+  static constexpr unsigned kDistance = 16;
   const QueueEntry* recent_[kDistance] = {};
   unsigned position_ = 0;
 };
