@@ -54,7 +54,7 @@ class IoUringBackEnd final : public BackEnd {
     if (const int error = set_up_ring(ring_, kSubmissions); error < 0) {
       throw std::system_error(-error, std::generic_category(), "io_uring_queue_init");
     }
-    read_wake_fd();
+    watch_wake_fd();
   }
 
   ~IoUringBackEnd() override {
@@ -185,9 +185,11 @@ class IoUringBackEnd final : public BackEnd {
     io_uring_sqe_set_data64(sqe, reinterpret_cast<std::uint64_t>(&watch) | kWatch);
   }
 
-  void read_wake_fd() {
+  // Multishot: every write to the eventfd completes once more, and nobody has to read it or arm
+  // anything anew. Its count grows until the context closes.
+  void watch_wake_fd() {
     io_uring_sqe* sqe = next_sqe();
-    io_uring_prep_read(sqe, wake_fd_, &wake_count_, sizeof wake_count_, 0);
+    io_uring_prep_poll_multishot(sqe, wake_fd_, POLLIN);
     io_uring_sqe_set_data64(sqe, kWake);
   }
 
@@ -199,14 +201,15 @@ class IoUringBackEnd final : public BackEnd {
     for (unsigned i = 0; i < kMaxReaped && io_uring_peek_cqe(&ring_, &cqe) == 0; ++i) {
       const std::uint64_t data = cqe->user_data;
       const int result = cqe->res;
+      const bool last = !(cqe->flags & IORING_CQE_F_MORE);
       io_uring_cqe_seen(&ring_, cqe);
-      --outstanding_;
-      progress |= dispatch(data, result);
+      if (last) --outstanding_;
+      progress |= dispatch(data, result, last);
     }
     return progress;
   }
 
-  bool dispatch(std::uint64_t data, int result) {
+  bool dispatch(std::uint64_t data, int result, bool last) {
     switch (static_cast<Tag>(data & kTagMask)) {
       case kRequest: {
         auto& request = *reinterpret_cast<IoRequest*>(data);
@@ -218,8 +221,7 @@ class IoUringBackEnd final : public BackEnd {
       case kWatch:
         return watch_fired(*reinterpret_cast<FdWatch*>(data & ~kTagMask), result);
       case kWake:
-        if (result == sizeof wake_count_) context_.signalled(wake_count_);
-        if (!closing_) read_wake_fd();
+        if (last && !closing_) watch_wake_fd();
         return false;
       case kNobody:
         return false;
@@ -256,7 +258,6 @@ class IoUringBackEnd final : public BackEnd {
   AioContext& context_;
   const int wake_fd_;
   io_uring ring_{};
-  std::uint64_t wake_count_ = 0;
   unsigned outstanding_ = 0;  // completions to come, for the destructor
   unsigned requests_in_flight_ = 0;
   bool closing_ = false;

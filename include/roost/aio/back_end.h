@@ -72,7 +72,7 @@ class BackEnd {
 };
 
 /// Throws std::system_error where the kernel refuses. `wake_fd` is the context's eventfd: the back
-/// end reads it and reports to AioContext::signalled().
+/// end waits for it, and reports what it reads of it, if anything, to AioContext::signalled().
 std::unique_ptr<BackEnd> make_io_uring_back_end(AioContext& context, int wake_fd);
 std::unique_ptr<BackEnd> make_epoll_back_end(AioContext& context, int wake_fd,
                                              std::shared_ptr<ThreadPool> pool);
