@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <system_error>
@@ -362,6 +363,7 @@ bool AioContext::wait(std::int64_t timeout_ns) {
     io.flush();
     if (spin(limit)) {
       ++statistics_.spins_paid;
+      if (spin_penalty_ > 0) --spin_penalty_;
       const bool hooked = call_poll_hooks();
       return io.poll(0) || hooked;
     }
@@ -408,7 +410,7 @@ bool AioContext::spin(std::int64_t limit_ns) {
     if (now - offered >= kOfferCpuEveryNs) {
       ::sched_yield();
       offered = real_clock().now_ns();
-      if (offered - now > kCpuWasTakenNs) {
+      if (offered - now > kCpuWasTakenNs || was_preempted()) {
         // Somebody else ran: the CPU is wanted, and waiting busily would only delay them. Try
         // again after a number of sleeps that grows as long as this goes on.
         spin_ns_ = 0;
@@ -418,6 +420,13 @@ bool AioContext::spin(std::int64_t limit_ns) {
       }
     }
   }
+}
+
+// Whether the kernel took the CPU from this thread since the last call.
+bool AioContext::was_preempted() noexcept {
+  rusage usage{};
+  ::getrusage(RUSAGE_THREAD, &usage);
+  return std::exchange(preemptions_, usage.ru_nivcsw) != usage.ru_nivcsw;
 }
 
 bool AioContext::call_poll_hooks() {

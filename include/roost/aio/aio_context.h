@@ -159,6 +159,7 @@ class AioContext final : private AioContextIndex, public CoContext {
   bool serve_io(bool may_block);
   bool wait(std::int64_t timeout_ns);
   bool spin(std::int64_t limit_ns);
+  bool was_preempted() noexcept;
   bool call_poll_hooks();
   void wake_up() noexcept;
   void adapt_spinning(std::int64_t waited_ns) noexcept;
@@ -205,6 +206,7 @@ class AioContext final : private AioContextIndex, public CoContext {
   std::int64_t spin_ns_ = 0;            // how long to busy-wait now, at most poll_max_ns
   unsigned spin_holdoff_ = 0;           // paying sleeps to see before spinning is tried again
   unsigned spin_penalty_ = 0;           // what the holdoff will be next time
+  long preemptions_ = 0;                // involuntary context switches of the thread so far
   std::uint64_t signals_owed_ = 0;      // pushes that found this context sleeping
   std::uint64_t signals_received_ = 0;  // eventfd counts read
   Statistics statistics_;
