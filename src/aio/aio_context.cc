@@ -31,7 +31,7 @@ constexpr int kStreamPauses = 16;
 // offers the CPU to others now and then: an offer that was taken shows that it is wanted.
 constexpr std::int64_t kFirstSpinNs = 4'000;
 constexpr int kChecksPerClockReading = 16;
-constexpr std::int64_t kOfferCpuEveryNs = 8'000;
+constexpr std::int64_t kOfferCpuEveryNs = 20'000;
 constexpr std::int64_t kCpuWasTakenNs = 20'000;
 constexpr unsigned kMaxSpinPenalty = 1024;
 

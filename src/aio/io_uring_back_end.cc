@@ -170,6 +170,9 @@ class IoUringBackEnd final : public BackEnd {
         break;
       case IoRequest::Op::kRecv:
         io_uring_prep_recv(&sqe, r.fd, r.address, r.length, r.flags);
+        // Who waits for the next message has most often just been given the last one, so trying
+        // first would find nothing. Who wants so many bytes knows that they are on their way.
+        if (!(r.flags & MSG_WAITALL)) sqe.ioprio |= IORING_RECVSEND_POLL_FIRST;
         break;
       case IoRequest::Op::kSendMsg:
         io_uring_prep_sendmsg(&sqe, r.fd, static_cast<const msghdr*>(r.address),
