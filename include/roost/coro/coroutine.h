@@ -50,7 +50,9 @@ class Coroutine final : public FrameAllocated {
 
   /// Runs the coroutine on the current context until it suspends or ends, and after it those it
   /// woke. A pending co_schedule of it is cancelled.
-  /// REQUIRES: a current context; the coroutine is idle or scheduled by somebody who knows.
+  /// REQUIRES: a current context; the coroutine is idle or scheduled by somebody who knows. Where
+  /// it is scheduled on another thread's context, its turn may come at the same time: then use a
+  /// CoroutineRef and try_enter().
   void enter(Place place = Place::current());
 
   /// The coroutine whose body is executing on this thread; null outside of any, and within the

@@ -27,6 +27,7 @@
 //   scheduled   running     a direct entry (cancels the schedule)   claim_direct (owned = 0)
 //   scheduled   running     the consumer of the live entry          claim_entry
 //   listed      running     the driver that listed it               claim_listed
+//   listed      scheduled   the same, for the rest of a long list   reschedule_listed
 //   running     idle        the driver that runs it                 suspend
 //   running     waiting     the same                                suspend
 //   running     scheduled   the same, for a move                    suspend_scheduled
