@@ -7,8 +7,8 @@
 // the home thread, or, before it is polled for the first time, for a thread that has made it
 // current (ContextScope).
 // Lifetime: reference-counted (std::shared_ptr). It is destroyed on the thread that polled it, or
-// anywhere after that thread has called release_back_end() (an IOThread does). Nothing live may be scheduled then, no handler set, no I/O in
-// flight: each aborts and says which.
+// anywhere after that thread has called release_back_end() (an IOThread does). Nothing live may be
+// scheduled then, no handler set, no I/O in flight: each aborts and says which.
 //
 // An iteration: what other threads posted is taken from the inbox; entries run, at most 64 or for
 // 50 microseconds before descriptors get their turn; then one system call hands over started I/O,
