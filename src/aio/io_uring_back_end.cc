@@ -172,7 +172,7 @@ class IoUringBackEnd final : public BackEnd {
         io_uring_prep_recv(&sqe, r.fd, r.address, r.length, r.flags);
         // Who waits for the next message has most often just been given the last one, so trying
         // first would find nothing. Who wants so many bytes knows that they are on their way.
-        if (!(r.flags & MSG_WAITALL)) sqe.ioprio |= IORING_RECVSEND_POLL_FIRST;
+        if (!(r.flags & MSG_WAITALL) && !r.tried) sqe.ioprio |= IORING_RECVSEND_POLL_FIRST;
         break;
       case IoRequest::Op::kSendMsg:
         io_uring_prep_sendmsg(&sqe, r.fd, static_cast<const msghdr*>(r.address),
@@ -217,6 +217,13 @@ class IoUringBackEnd final : public BackEnd {
       case kRequest: {
         auto& request = *reinterpret_cast<IoRequest*>(data);
         --requests_in_flight_;
+        if (result == -EAGAIN && request.op == IoRequest::Op::kRecv && !request.tried &&
+            !(request.flags & MSG_DONTWAIT)) {
+          // Not a descriptor that can be polled: let the call itself say what is wrong with it.
+          request.tried = true;
+          start(request);
+          return false;
+        }
         request.result = result;
         request.complete(request);
         return true;

@@ -236,7 +236,7 @@ TEST_F(Tasks, TheCompilerTrapOfTemporariesInAnAwaitExpression) {
   int of_aggregate = 0;
   int named = 0;
   const auto body = [&]() -> Task<void> {
-    co_await call([w = Witness(of_closure)] {});
+    co_await call([w = Witness(of_closure)] {});  // the trap itself
     co_await take_aggregate(Aggregate{Witness(of_aggregate)});
   };
   const auto careful = [&]() -> Task<void> {

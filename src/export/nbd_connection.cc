@@ -26,9 +26,11 @@ constexpr std::size_t kMaxRepliesPerSend = 256;
 // Lines about failed requests that one connection may write to the log.
 constexpr unsigned kMaxLoggedErrors = 8;
 
-// How long a client may take to fetch its last replies, and how often to look.
+// How long a client may take to fetch its last replies, how often to look, and how long nothing
+// must have come from one that had more to say: longer than its kernel waits to try again.
 constexpr std::int64_t kLingerNs = 5'000'000'000;
 constexpr std::int64_t kLingerStepNs = 2'000'000;
+constexpr int kLingerQuietSteps = 150;
 
 Result<void> out_of_memory() { return fail(ENOMEM, "out of memory"); }  // short: needs none itself
 
@@ -238,16 +240,30 @@ Task<void> NbdConnection::transmit() {
   if (!dead_) co_await see_replies_off();
 }
 
-// Closing a socket that holds unread data makes the kernel forget what it has not sent yet: reads
-// and forgets the one until the other is gone, for as long as a client may take that.
+// Closing a TCP socket that holds, or still gets, unread data resets the connection, and what was
+// sent may be lost on either side: reads and forgets what comes until there is quiet and our side
+// has arrived, for as long as a client may take for that. The end of our side comes last, by the
+// close: once it is sent, data that comes resets the connection, too. (What a unix socket has sent
+// has arrived.)
 Task<void> NbdConnection::see_replies_off() {
-  ::shutdown(socket_.get(), SHUT_WR);
+  int domain = 0;
+  socklen_t length = sizeof domain;
+  ::getsockopt(socket_.get(), SOL_SOCKET, SO_DOMAIN, &domain, &length);
+  const bool unix_socket = domain == AF_UNIX;
+  bool asked_for_more = false;
+  int quiet_steps = 0;
   for (std::int64_t waited_ns = 0; waited_ns < kLingerNs && !disconnected_.load();
        waited_ns += kLingerStepNs) {
+    ++quiet_steps;
     while (::recv(socket_.get(), chunk_->bytes, kChunkSize, MSG_DONTWAIT) > 0) {
+      asked_for_more = true;
+      quiet_steps = 0;
     }
     int unsent = 0;
-    if (::ioctl(socket_.get(), SIOCOUTQ, &unsent) < 0 || unsent == 0) break;
+    const bool arrived =
+        unix_socket || ::ioctl(socket_.get(), SIOCOUTQ, &unsent) < 0 || unsent == 0;
+    const bool quiet = unix_socket || !asked_for_more || quiet_steps >= kLingerQuietSteps;
+    if (arrived && quiet) break;
     co_await sleep_for(kLingerStepNs);
   }
 }

@@ -41,6 +41,7 @@ struct IoRequest {
   // For the back end while the request is in flight.
   AioContext* context = nullptr;
   IoRequest* next = nullptr;
+  bool tried = false;
 
   /// Executes the operation with a plain system call; for worker threads, and with `dont_wait` for
   /// an attempt that must not block (result -EAGAIN: it would have).
