@@ -688,8 +688,9 @@ TEST_P(PollHooks, AHookWithNothingToReportDoesNotKeepTheContextAwake) {
   context().set_fd_handler(
       pipe.fd(), {.read = [] { FAIL(); }, .write = nullptr, .poll = [] { return false; }});
   const auto sleeps = context().statistics().sleeps;
+  // Much longer than the longest spin, also where this thread does not get its CPU for a while.
   Timer timer(context(), [] {});
-  timer.arm_after(5'000'000);
+  timer.arm_after(100'000'000);
   poll_until([&] { return !timer.armed(); });
   EXPECT_GT(context().statistics().sleeps, sleeps);
   context().remove_fd_handler(pipe.fd());

@@ -31,10 +31,6 @@ std::int64_t IoRequest::execute(bool dont_wait) const noexcept {
         done = ::preadv2(fd, &one, 1, file_offset, flags | nowait);
         break;
       }
-      case Op::kReadv:
-        done = ::preadv2(fd, static_cast<const iovec*>(address), static_cast<int>(length),
-                         file_offset, flags | nowait);
-        break;
       case Op::kWritev:
         if (dont_wait && (flags & (RWF_DSYNC | RWF_SYNC))) return -EAGAIN;  // it waits for the disk
         done = ::pwritev2(fd, static_cast<const iovec*>(address), static_cast<int>(length),

@@ -153,10 +153,6 @@ class IoUringBackEnd final : public BackEnd {
       case IoRequest::Op::kRead:
         io_uring_prep_read(&sqe, r.fd, r.address, r.length, r.offset);
         break;
-      case IoRequest::Op::kReadv:
-        io_uring_prep_readv2(&sqe, r.fd, static_cast<const iovec*>(r.address), r.length, r.offset,
-                             r.flags);
-        break;
       case IoRequest::Op::kWritev:
         io_uring_prep_writev2(&sqe, r.fd, static_cast<const iovec*>(r.address), r.length, r.offset,
                               r.flags);

@@ -42,7 +42,7 @@ TEST(FrameAllocator, AFreedBlockIsUsedAgainForTheSameSize) {
 }
 
 TEST(FrameAllocator, RecyclingDoesNotGrow) {
-  if (kSanitized) GTEST_SKIP() << "mallinfo does not see a sanitizer's heap";
+  if (kSanitized) GTEST_SKIP() << "a sanitizer keeps memory of its own";
   const auto run = [] {
     std::vector<void*> blocks(100);
     for (int round = 0; round < 1000; ++round) {

@@ -16,7 +16,6 @@ class AioContext;
 struct IoRequest {
   enum class Op : std::uint8_t {
     kRead,      // address, length, offset
-    kReadv,     // address: iovec[length], offset, flags (RWF_*)
     kWritev,    // address: iovec[length], offset, flags (RWF_*)
     kDataSync,  // fdatasync
     kAllocate,  // fallocate: flags (FALLOC_FL_*), offset, size
