@@ -137,7 +137,7 @@ void AioContext::close() noexcept {
   while (QueueEntry* entry = batch_.pop()) {
     if (entry->kind == QueueEntry::Kind::kCoroutine) {
       auto& co_entry = static_cast<CoroutineEntry&>(*entry);
-      const char* co_name = co_entry.co->name();
+      const char* co_name = co_entry.coroutine().name();
       ROOST_CHECK(!drop_entry(co_entry), "context '{}' destroyed while coroutine '{}' is scheduled",
                   name(), co_name);
     } else if (entry != &notify_entry_) {
@@ -336,6 +336,7 @@ bool AioContext::serve_io(bool may_block) {
   idle_due_.append(idle_);
   bool progress = wait(may_block ? wait_limit_ns() : 0);
   last_io_ns_ = clock().now_ns();
+  tick_ = tick_of(last_io_ns_);
   entries_since_io_ = 0;
   if (!timers_.empty()) progress |= timers_.run_due(last_io_ns_);
   run_idle();
