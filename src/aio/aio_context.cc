@@ -354,18 +354,24 @@ void AioContext::take_lock() noexcept {
   holds_ = Lock::kHeld;
 }
 
-// The outermost poll gives it up, between two callbacks; true if somebody had waited for it.
-bool AioContext::give_up_lock() noexcept {
+void AioContext::check_callbacks_released() const noexcept {
   ROOST_CHECK(callbacks_acquired_ == 0, "a callback of context '{}' returned without releasing it",
               name());
+}
+
+// The outermost poll gives it up, between two callbacks; true if somebody had waited for it.
+bool AioContext::give_up_lock() noexcept {
+  check_callbacks_released();
   holds_ = Lock::kNo;
   return lock_.unlock();
 }
 
 void AioContext::let_others_have_lock() noexcept {
   if (polls_ > 1) return;
-  if (give_up_lock()) ++statistics_.lock_passed_busy;
-  take_lock();
+  check_callbacks_released();
+  poll_budget_.sleeps();
+  if (lock_.let_others()) ++statistics_.lock_passed_busy;
+  poll_budget_.woke();
 }
 
 // Off the fast path of iterate(): the lock is not held, or somebody wants it.

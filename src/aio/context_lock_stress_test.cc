@@ -28,6 +28,9 @@
 namespace roost {
 namespace {
 
+// How often a path that is not taken each time has to be reached.
+constexpr std::uint64_t kRarely = 20;
+
 // What callbacks and control threads share under the context lock.
 struct Protected {
   std::uint64_t value = 0;
@@ -91,11 +94,11 @@ TEST_P(AcquireStress, ABusyHome) {
   stop = true;
   while (ended < 2) std::this_thread::yield();
   const auto statistics = statistics_of(home.context());
-  std::printf("busy home: %d acquires, passed between iterations %lu, home waited %lu\n",
-              kThreads * each, statistics.lock_passed_busy, statistics.lock_waits);
+  std::printf("busy home: %d acquires, passed between iterations %lu\n", kThreads * each,
+              statistics.lock_passed_busy);
   EXPECT_EQ(shared.violations, 0u);
-  EXPECT_GT(statistics.lock_passed_busy, static_cast<std::uint64_t>(each) / 20);
-  EXPECT_GT(statistics.lock_waits, static_cast<std::uint64_t>(each) / 20);
+  // Once passed, the lock may go through both threads before it comes back; not oftener.
+  EXPECT_GE(statistics.lock_passed_busy, static_cast<std::uint64_t>(each));
 }
 
 // Everything that can wake a context does, while a control thread takes and leaves it: bottom
@@ -136,9 +139,15 @@ void wake_and_acquire(const AioContextOptions& o, const char* name, bool spins) 
       for (auto n = random.below(300); n > 0; --n) RealPlatform::cpu_relax();
     }
   });
-  const int acquires = rounds(10'000);
+  const int enough = rounds(10'000);
+  int acquires = 0;
   TestRandom random(9);
-  for (int i = 0; i < acquires; ++i) {
+  // Until the home has woken often enough while it was taken.
+  const auto go_on = [&](int i) {
+    if (i < enough || i % 1000) return true;
+    return i < 50 * enough && statistics_of(context).lock_waits < kRarely;
+  };
+  for (int i = 0; go_on(i); ++i, ++acquires) {
     {
       ContextGuard guard(context);
       shared.touch_as_foreigner(random.below(100));
@@ -163,7 +172,7 @@ void wake_and_acquire(const AioContextOptions& o, const char* name, bool spins) 
   // It was taken while the home slept (one control thread, so what was not passed was free), and
   // the home woke while it was taken.
   EXPECT_LT(passed, static_cast<std::uint64_t>(acquires));
-  EXPECT_GT(statistics.lock_waits, statistics.lock_passed_busy);
+  EXPECT_GE(statistics.lock_waits, kRarely);
   EXPECT_GT(statistics.sleeps, 100u);
   if (spins) {
     EXPECT_GT(statistics.spins_paid, 0u);
@@ -221,7 +230,8 @@ TEST_P(AcquireStress, EverybodyGetsTheSameShare) {
   EXPECT_EQ(shared.violations, 0u);
   EXPECT_GT(*least, 100u);
   EXPECT_GE(*least, *most / 2);
-  EXPECT_GE(home_turns, *least / 2);
+  // In a queue of four the home gets every fourth turn.
+  EXPECT_GE(home_turns, *least * 9 / 10);
 }
 
 // Contexts polled by hand: the poll takes and leaves the lock.
@@ -229,9 +239,10 @@ TEST_P(AcquireStress, AContextPolledByHand) {
   auto context = AioContext::create(options("by hand"));
   Protected shared;
   std::atomic<bool> stop{false};
-  const int acquires = rounds(20'000);
+  std::atomic<bool> reached{false};
+  const int enough = rounds(20'000);
   std::thread foreign([&] {
-    for (int i = 0; i < acquires; ++i) {
+    for (int i = 0; i < enough || (i < 200 * enough && !reached); ++i) {
       ContextGuard guard(*context);
       shared.touch_as_foreigner(10);
     }
@@ -245,6 +256,8 @@ TEST_P(AcquireStress, AContextPolledByHand) {
     const bool scheduled = random.below(2);
     if (scheduled) bh.schedule();
     context->poll(scheduled);
+    const auto& statistics = context->statistics();
+    reached = statistics.lock_waits >= kRarely && statistics.lock_passed_idle >= kRarely;
   }
   bh.cancel();
   foreign.join();
@@ -252,8 +265,8 @@ TEST_P(AcquireStress, AContextPolledByHand) {
   std::printf("by hand: home waited %lu, passed %lu\n", context->statistics().lock_waits,
               context->statistics().lock_passed_idle + context->statistics().lock_passed_busy);
   EXPECT_EQ(shared.violations, 0u);
-  EXPECT_GT(context->statistics().lock_waits, 0u);
-  EXPECT_GT(context->statistics().lock_passed_idle, 0u);
+  EXPECT_GE(context->statistics().lock_waits, kRarely);
+  EXPECT_GE(context->statistics().lock_passed_idle, kRarely);
 }
 
 }  // namespace

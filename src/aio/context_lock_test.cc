@@ -8,6 +8,7 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -110,6 +111,41 @@ TEST_F(ContextLocks, WhoComesAfterAHandOverStandsBehindThoseWhoWaitedBefore) {
   go_on = true;
   join();
   EXPECT_EQ(order_, "abcde");
+}
+
+TEST_F(ContextLocks, WhoLetsOthersGoFirstGetsItBackBehindThem) {
+  lock_.lock();
+  EXPECT_FALSE(lock_.let_others());
+  queue('a');
+  queue('b');
+  EXPECT_TRUE(lock_.let_others());
+  order_ += 'h';
+  EXPECT_FALSE(lock_.wanted());
+  lock_.unlock();
+  join();
+  EXPECT_EQ(order_, "abh");
+}
+
+// The thread that is let go first comes again at once, and again: it does not overtake.
+TEST_F(ContextLocks, WhoLetsOthersGoFirstIsNotOvertakenByThem) {
+  lock_.lock();
+  threads_.emplace_back([&] {
+    for (int i = 0; i < 100; ++i) {
+      lock_.lock();
+      order_ += 'f';
+      lock_.unlock();
+    }
+  });
+  for (int i = 0; i < 100; ++i) {
+    while (!lock_.wanted()) std::this_thread::yield();
+    EXPECT_TRUE(lock_.let_others());
+    order_ += 'h';
+  }
+  lock_.unlock();
+  join();
+  std::string alternating;
+  for (int i = 0; i < 100; ++i) alternating += "fh";
+  EXPECT_EQ(order_, alternating);
 }
 
 TEST_F(ContextLocks, OnlyTheOutermostReleaseGivesItUp) {

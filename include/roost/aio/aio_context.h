@@ -158,11 +158,12 @@ class AioContext final : private AioContextIndex, public CoContext {
     std::uint64_t sleeps = 0;
     std::uint64_t spins_paid = 0;
     std::uint64_t spins_in_vain = 0;
-    /// The context lock passed by the home to somebody who waited for it: between iterations or in
-    /// a busy wait, and at the end of a poll or before a sleep.
+    /// The home passed the context lock to somebody who waited for it, and queued behind: between
+    /// iterations or in a busy wait.
     std::uint64_t lock_passed_busy = 0;
+    /// The same at the end of a poll or before a sleep.
     std::uint64_t lock_passed_idle = 0;
-    /// The home had to wait for the lock, after a sleep or as it began to dispatch.
+    /// The lock was taken when the home wanted it back, after a sleep or at the start of a poll.
     std::uint64_t lock_waits = 0;
   };
   const Statistics& statistics() const noexcept { return statistics_; }
@@ -197,6 +198,7 @@ class AioContext final : private AioContextIndex, public CoContext {
   void begin_iteration(bool blocking);
   void take_lock() noexcept;
   bool give_up_lock() noexcept;
+  void check_callbacks_released() const noexcept;
   bool poll_now();
   void let_others_have_lock() noexcept;
 

@@ -16,8 +16,9 @@
 //
 //   value    meaning                                      who may change it
 //   free     nobody holds it                              anybody -> held
-//   held     taken, nobody queued since the holder        a newcomer -> waiter,
-//            last looked                                  the holder -> free
+//   held     taken, nobody queued since the holder        a newcomer (or the holder, to be served
+//            last took the list                           behind others) -> waiter,
+//                                                         the holder -> free
 //   waiter   taken; the newest of a list linked by next,  a newcomer -> itself,
 //            each a waiter that came since                the holder -> held (takes the list)
 //
@@ -64,26 +65,7 @@ class ContextLock {
   /// Waits for its turn behind those who came before. Not recursive.
   void lock() noexcept {
     Waiter waiter;
-    // Relaxed: only a hint for the compare-and-swap, which reads again.
-    std::uint64_t seen = state_.load(std::memory_order_relaxed);
-    for (;;) {
-      if (seen == kFree) {
-        // Acquire: as in try_lock().
-        if (state_.compare_exchange_weak(seen, kHeld, std::memory_order_acquire,
-                                         std::memory_order_relaxed)) {
-          return;
-        }
-        continue;
-      }
-      waiter.next.set(seen == kHeld ? nullptr : to_waiter(seen));
-      // Release publishes the waiter and its link to the acquire of the holder's exchange in
-      // unlock(). Waiters below were published by their own; the release sequence carries them.
-      if (state_.compare_exchange_weak(seen, to_word(waiter), std::memory_order_release,
-                                       std::memory_order_relaxed)) {
-        break;
-      }
-    }
-    wait_for_turn(waiter);
+    if (!take_or_queue(waiter)) wait_for_turn(waiter);
   }
 
   /// The holder gives it up, to the one that has waited longest if there is one; true if so.
@@ -97,11 +79,23 @@ class ContextLock {
         return false;
       }
       // Only the holder takes waiters away, so there are some still. Acquire pairs with the release
-      // of each push in lock().
+      // of each push.
       next = oldest_first(to_waiter(state_.exchange(kHeld, std::memory_order_acquire)));
     }
     first_.set(next->next.get());
     pass_to(next);
+    return true;
+  }
+
+  /// The holder lets those who wait go first and has it again when it returns; true if there were
+  /// any. It queues before it passes the lock on: though it may be kept from running as soon as
+  /// another runs, it stands in front of all who come later.
+  bool let_others() noexcept {
+    if (!wanted()) return false;
+    Waiter waiter;
+    take_or_queue(waiter);  // queues, since it is held
+    unlock();
+    wait_for_turn(waiter);
     return true;
   }
 
@@ -169,6 +163,29 @@ class ContextLock {
   static Waiter* to_waiter(std::uint64_t word) noexcept { return reinterpret_cast<Waiter*>(word); }
   static std::uint64_t to_word(Waiter& waiter) noexcept {
     return reinterpret_cast<std::uint64_t>(&waiter);
+  }
+
+  // True: it was free and is taken; false: the waiter stands in the queue.
+  bool take_or_queue(Waiter& waiter) noexcept {
+    // Relaxed: only a hint for the compare-and-swap, which reads again.
+    std::uint64_t seen = state_.load(std::memory_order_relaxed);
+    for (;;) {
+      if (seen == kFree) {
+        // Acquire: as in try_lock().
+        if (state_.compare_exchange_weak(seen, kHeld, std::memory_order_acquire,
+                                         std::memory_order_relaxed)) {
+          return true;
+        }
+        continue;
+      }
+      waiter.next.set(seen == kHeld ? nullptr : to_waiter(seen));
+      // Release publishes the waiter and its link to the acquire of the holder's exchange in
+      // unlock(). Waiters below were published by their own; the release sequence carries them.
+      if (state_.compare_exchange_weak(seen, to_word(waiter), std::memory_order_release,
+                                       std::memory_order_relaxed)) {
+        return false;
+      }
+    }
   }
 
   static void wait_for_turn(Waiter& waiter) noexcept {
