@@ -134,9 +134,7 @@ class ContextLock {
   }
 
   /// Whether the calling thread, `me`, has acquired it.
-  bool owned_by(ThreadId me) const noexcept {
-    return owner_.load(std::memory_order_relaxed) == me;
-  }
+  bool owned_by(ThreadId me) const noexcept { return owner_.load(std::memory_order_relaxed) == me; }
 
  private:
   // A thread in the queue; on its stack. Its word, turn:
