@@ -98,7 +98,7 @@ TEST_P(MovingStress, ObjectsAreMovedWhileTheyAreBusy) {
   std::atomic<int> refused{0};
   std::atomic<int> elsewhere{0};
   std::atomic<int> ended{0};
-  const int enough = rounds(3'000);
+  const int enough = rounds(500);
   constexpr int kRarely = 20;
   const auto body = [&](int seed) -> Task<void> {
     TestRandom random(100 + seed);

@@ -67,14 +67,17 @@ TEST_P(AcquireStress, ABusyHome) {
   Protected shared;
   std::atomic<bool> stop{false};
   std::atomic<int> ended{0};
+  std::atomic<bool> busy{false};
   const auto body = [&]() -> Task<void> {
     while (!stop.load(std::memory_order_relaxed)) {
       shared.touch_in_callback();
       co_await move_to(home.context());
+      busy = true;
     }
     ++ended;
   };
   for (int i = 0; i < 2; ++i) spawn(home.context(), body());
+  while (!busy) std::this_thread::yield();
   constexpr int kThreads = 2;
   const int each = rounds(5'000);
   std::vector<std::thread> threads;

@@ -95,10 +95,10 @@ TEST_F(ContextLocks, WhoComesAfterAHandOverStandsBehindThoseWhoWaitedBefore) {
   const int before = CountingPark::slept.load();
   threads_.emplace_back([&] {
     lock_.lock();
+    EXPECT_TRUE(lock_.wanted());
     first_has_it = true;
     while (!go_on) std::this_thread::yield();
     order_ += 'a';
-    EXPECT_TRUE(lock_.wanted());
     lock_.unlock();
   });
   while (CountingPark::slept.load() == before) std::this_thread::yield();
