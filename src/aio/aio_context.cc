@@ -14,6 +14,7 @@
 #include "roost/aio/poll_budget.h"
 #include "roost/aio/thread_pool.h"
 #include "roost/base/check.h"
+#include "roost/coro/frame_allocator.h"
 
 namespace roost {
 
@@ -374,6 +375,8 @@ bool AioContext::wait(std::int64_t timeout_ns) {
     }
   }
 
+  // A piece at a time, looking at what has come in between.
+  if (release_frame_memory()) return io.poll(0);
   if (!inbox_.try_sleep()) return io.poll(0);
   ++statistics_.sleeps;
   poll_budget_.sleeps();
