@@ -15,6 +15,7 @@
 #include "roost/aio/thread_pool.h"
 #include "roost/base/check.h"
 #include "roost/coro/census.h"
+#include "roost/coro/frame_allocator.h"
 
 namespace roost {
 
@@ -579,6 +580,8 @@ bool AioContext::wait(std::int64_t timeout_ns) {
     }
   }
 
+  // A piece at a time, looking at what has come in between.
+  if (release_frame_memory()) return poll_now();
   if (!inbox_.try_sleep()) return poll_now();
   ++statistics_.sleeps;
   poll_budget_.sleeps();
