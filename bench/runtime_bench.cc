@@ -13,6 +13,7 @@
 #include "roost/aio/iothread.h"
 #include "roost/coro/coroutine.h"
 #include "roost/coro/task.h"
+#include "roost/sync/co_mutex.h"
 #include "runtime_harness.h"
 
 namespace {
@@ -177,6 +178,48 @@ void await_child(benchmark::State& state) {
   crew.measure(state, 1);
 }
 BENCHMARK(await_child)->UseManualTime();
+
+// A plain counter, guarded by the mutex on whose cache lines' neighbours it does not stand.
+struct Guarded {
+  alignas(128) roost::CoMutex mutex;
+  alignas(128) uint64_t value = 0;
+};
+
+// One lock, increment and unlock an item. Now and then the loop gets its turn.
+Task<> locker(Crew& crew, int index, Guarded& guarded, AioContext& context) {
+  bench::Counter& rounds = crew.counter(index);
+  for (unsigned round = 1; crew.running(); ++round) {
+    {
+      const auto guard = co_await guarded.mutex.lock();
+      ++guarded.value;
+    }
+    rounds.add();
+    if (round % bench::kRoundsPerTurn == 0) co_await move_to(context);
+  }
+  crew.ended();
+}
+
+void contend(benchmark::State& state, int count, int coroutines) {
+  Guarded guarded;
+  Crew crew(coroutines);
+  auto loops = make_loops(count);
+  for (int i = 0; i < coroutines; ++i) {
+    AioContext& context = loops[i % count]->context();
+    spawn(context, locker(crew, i, guarded, context));
+  }
+  crew.measure(state, coroutines);
+  crew.report_fairness(state);
+  benchmark::DoNotOptimize(guarded.value);
+}
+
+void mutex(benchmark::State& state) {
+  const int count = static_cast<int>(state.range(0));
+  contend(state, count, count * bench::kCoroutinesPerContext);
+}
+BENCHMARK(mutex)->ArgName("contexts")->Arg(1)->Arg(2)->Arg(5)->UseManualTime();
+
+void mutex_uncontended(benchmark::State& state) { contend(state, 1, 1); }
+BENCHMARK(mutex_uncontended)->UseManualTime();
 
 }  // namespace
 

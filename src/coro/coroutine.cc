@@ -104,8 +104,15 @@ struct Driver {
   static void finish(Coroutine& co) noexcept {
     auto root = Task<void>::Handle::from_address(co.root_.address());
     if (root.promise().exception) abandon_with_exception(co, root.promise().exception);
+    if (co.locks_held_ != 0) [[unlikely]]
+      abandon_with_locks(co);
     root.destroy();
     if (co.state_.end()) delete &co;
+  }
+
+  [[noreturn, gnu::cold]] static void abandon_with_locks(const Coroutine& co) {
+    panicf("coroutine '{}' ended with {} lock{} held", co.name_, co.locks_held_,
+           co.locks_held_ == 1 ? "" : "s");
   }
 
   [[noreturn, gnu::cold]] static void abandon_with_exception(Coroutine& co,
@@ -151,12 +158,14 @@ Coroutine* Coroutine::create(Task<void> task, const char* name) {
 void Coroutine::destroy(Coroutine* co, Place place) {
   const auto claim = co->state_.claim_suspended(0, false);
   if (!claim.won) co->misuse("destroy", place, claim.seen);
+  if (co->locks_held_ != 0) [[unlikely]]
+    Driver::abandon_with_locks(*co);
   co->root_.destroy();
   if (co->state_.end()) delete co;
 }
 
 Coroutine* Coroutine::self() noexcept {
-  Driver* driver = this_thread().driver;
+  Driver* driver = thread_state.driver;
   return driver ? driver->self : nullptr;
 }
 

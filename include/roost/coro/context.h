@@ -46,6 +46,7 @@ struct ThreadState {
   CoContext* context = nullptr;  // the context being polled, or scoped, by this thread
   Driver* driver = nullptr;      // the innermost driver loop on this thread's stack
   FetchAhead posted;             // the entries it posted to other contexts last
+  unsigned thread_locks = 0;     // ThreadMutexes that it holds
 };
 
 /// Never inlined: a coroutine's body may go on on another thread, and must not keep the address of

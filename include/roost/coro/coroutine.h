@@ -57,13 +57,18 @@ class Coroutine final : public FrameAllocated {
 
   /// The coroutine whose body is executing on this thread; null outside of any, and within the
   /// publish step of a suspension.
-  static Coroutine* self() noexcept;
+  [[gnu::noinline]] static Coroutine* self() noexcept;
 
   /// The context on which it ran last; null if it never ran and was made outside of any.
   /// Stable only while the caller holds the coroutine suspended, or is the coroutine.
   CoContext* home() const noexcept { return home_.load(std::memory_order_acquire); }
 
   const char* name() const noexcept { return name_; }
+
+  /// For locks that the coroutine comes to hold and lets go of, called while it runs: if it ends
+  /// with one held, that aborts.
+  void lock_taken() noexcept { ++locks_held_; }
+  void lock_released() noexcept { --locks_held_; }
 
   /// A snapshot for messages and tests.
   CoState state() const noexcept { return state_.peek().state(); }
@@ -119,6 +124,7 @@ class Coroutine final : public FrameAllocated {
   Publish publish_ = nullptr;             // set by a suspension, with its closure
   const void* closure_ = nullptr;
   const char* waits_for_ = nullptr;  // the name of the wait while waiting
+  unsigned locks_held_ = 0;          // coroutine locks
   Coroutine* link_ = nullptr;        // the driver's wake list while listed
   const char* name_;
 };
