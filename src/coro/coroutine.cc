@@ -40,10 +40,14 @@ const char* to_string(CoState state) noexcept {
 
 // The loop that runs coroutines; lives on the stack of whoever enters one.
 struct Driver {
-  explicit Driver(ThreadState& on) noexcept : thread(on), outer(on.driver), context(on.context) {
+  explicit Driver(ThreadState& on) noexcept
+      : thread(on), outer(on.driver), outer_self(on.self), context(on.context) {
     thread.driver = this;
   }
-  ~Driver() { thread.driver = outer; }
+  ~Driver() {
+    thread.driver = outer;
+    thread.self = outer_self;
+  }
   Driver(const Driver&) = delete;
   Driver& operator=(const Driver&) = delete;
 
@@ -83,7 +87,7 @@ struct Driver {
   }
 
   void run(Coroutine& co) noexcept {
-    self = &co;
+    thread.self = &co;
     // Release: a waker that learns the home may go on to use what this context published.
     if (co.home_.load(std::memory_order_relaxed) != context) {
       co.home_.store(context, std::memory_order_release);
@@ -93,7 +97,7 @@ struct Driver {
     do {
       co.next_.resume();
     } while (co.next_);
-    self = nullptr;
+    thread.self = nullptr;
     if (const auto publish = std::exchange(co.publish_, nullptr)) {
       publish(co, thread, co.closure_);
     } else {
@@ -129,9 +133,10 @@ struct Driver {
 
   ThreadState& thread;
   Driver* const outer;
+  Coroutine* const outer_self;
   CoContext* const context;
-  Coroutine* self = nullptr;       // what this loop is resuming now
-  Coroutine* wake_head = nullptr;  // co_wake'd, waiting for `self` to suspend; linked by link_
+  Coroutine* wake_head =
+      nullptr;  // co_wake'd, waiting for the current one to suspend; linked by link_
   Coroutine* wake_tail = nullptr;
 };
 
@@ -164,10 +169,7 @@ void Coroutine::destroy(Coroutine* co, Place place) {
   if (co->state_.end()) delete co;
 }
 
-Coroutine* Coroutine::self() noexcept {
-  Driver* driver = thread_state.driver;
-  return driver ? driver->self : nullptr;
-}
+Coroutine* Coroutine::self() noexcept { return thread_state.self; }
 
 void Coroutine::enter(Place place) {
   ThreadState& thread = this_thread();

@@ -45,8 +45,9 @@ void count(std::atomic<std::uint32_t>& counter) noexcept {
 
 // True: the lock is taken after all, without suspending.
 bool CoMutex::lock_contended(Coroutine& me, Place place) noexcept {
-  ROOST_CHECK(core_.holder() != token_of(me), "{} ({}) locked by coroutine '{}' at {}, which holds it",
-              name_, fmt::ptr(this), me.name(), describe(place));
+  ROOST_CHECK(core_.holder() != token_of(me),
+              "{} ({}) locked by coroutine '{}' at {}, which holds it", name_, fmt::ptr(this),
+              me.name(), describe(place));
   return spin_until_free(me.home()) && core_.try_lock(token_of(me));
 }
 
@@ -90,9 +91,6 @@ void CoMutex::start(Waiter& waiter) noexcept {
     case Core::Outcome::kQueued:
       return;
     case Core::Outcome::kTaken:
-      waiter.owns = true;
-      wake_waiter(co);
-      return;
     case Core::Outcome::kCancelled:
       wake_waiter(co);
       return;
@@ -123,7 +121,6 @@ void CoMutex::hand_on() noexcept {
   if (next.owns) {
     holder_home_.store(nullptr, std::memory_order_relaxed);
     count(counters_.handoffs);
-    waiter.owns = true;
     wake_waiter(*waiter.co);
   } else {
     post_turn(waiter);
@@ -146,15 +143,13 @@ bool CoMutex::take_turn(CallbackEntry& entry) noexcept {
     case Core::Outcome::kQueued:
       count(mutex.counters_.defeats);
       return true;
-    case Core::Outcome::kTaken:
-      waiter.owns = true;
-      wake_waiter(co);
-      return true;
     case Core::Outcome::kCancelled:
       count(mutex.counters_.cancelled_late);
-      wake_waiter(co);
-      return true;
+      break;
+    case Core::Outcome::kTaken:
+      break;
   }
+  wake_waiter(co);
   return true;
 }
 

@@ -90,7 +90,6 @@ class CoMutex {
         : Core::Waiter(token_of(c)), CallbackEntry(&take_turn), mutex(m), co(&c) {}
     CoMutex* const mutex;
     Coroutine* const co;
-    bool owns = false;  // set before it is woken: it holds the lock
   };
 
   static std::uint64_t token_of(const Coroutine& co) noexcept {
@@ -170,34 +169,27 @@ class [[nodiscard]] CoMutex::LockAwaiter
   using Base = detail::WaitAwaiter<LockAwaiter, kCancellable>;
 
  public:
-  LockAwaiter(CoMutex& mutex, Place place) noexcept
-      : Base(mutex.name_), mutex_(mutex), place_(place) {}
+  LockAwaiter(CoMutex& mutex, Place place) noexcept : mutex_(mutex), place_(place) {}
   LockAwaiter(CoMutex& mutex, std::stop_token stop, Place place) noexcept
-      : Base(mutex.name_, std::move(stop)), mutex_(mutex), place_(place) {}
+      : Base(std::move(stop)), mutex_(mutex), place_(place) {}
 
   bool await_ready() noexcept {
     if (this->stop_requested()) return true;
-    Coroutine* const me = Coroutine::self();
-    if (mutex_.core_.try_lock(token_of(*me))) [[likely]] {
-      co_ = me;
-      return true;
-    }
-    if (!mutex_.lock_contended(*me, place_)) return false;
-    co_ = me;
-    return true;
+    Coroutine& me = *Coroutine::self();
+    return mutex_.core_.try_lock(token_of(me)) || mutex_.lock_contended(me, place_);
   }
 
   auto await_resume() {
-    if (waited_) {
-      this->end_of_wait();
-      if (waiter_.owns) co_ = waiter_.co;
-    }
+    // The word says who holds the lock, and whether that is oneself, nobody else changes.
     if constexpr (kCancellable) {
-      if (!co_) return Result<Guard>(fail(ECANCELED, mutex_.name_));
-      mutex_.taken_by(*co_);
+      this->end_of_wait();
+      Coroutine& me = *Coroutine::self();
+      if (mutex_.core_.holder() != token_of(me))
+        return Result<Guard>(fail(ECANCELED, mutex_.name_));
+      mutex_.taken_by(me);
       return Result<Guard>(Guard(mutex_));
     } else {
-      mutex_.taken_by(*co_);
+      mutex_.taken_by(*reinterpret_cast<Coroutine*>(mutex_.core_.holder()));
       return Guard(mutex_);
     }
   }
@@ -205,17 +197,13 @@ class [[nodiscard]] CoMutex::LockAwaiter
  private:
   friend Base;
 
-  void prepare(Coroutine& co) noexcept {
-    std::construct_at(&waiter_, &mutex_, co);
-    waited_ = true;
-  }
-  void start(Coroutine&) noexcept { mutex_.start(waiter_); }
+  const char* waits_for() const noexcept { return mutex_.name_; }
+  void prepare(Coroutine& co) noexcept { std::construct_at(&waiter_, &mutex_, co); }
+  void start() noexcept { mutex_.start(waiter_); }
   void stop() noexcept { mutex_.cancel(waiter_); }
 
   CoMutex& mutex_;
   const Place place_;
-  Coroutine* co_ = nullptr;  // once it holds the lock
-  bool waited_ = false;
   union {
     Waiter waiter_;  // once it waits; trivially destructible
   };

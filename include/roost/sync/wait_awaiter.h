@@ -9,8 +9,10 @@
 #pragma once
 
 #include <coroutine>
+#include <memory>
 #include <optional>
 #include <stop_token>
+#include <type_traits>
 #include <utility>
 
 #include "roost/coro/coroutine.h"
@@ -21,30 +23,31 @@ namespace roost::detail {
 void check_may_wait(const Coroutine& co, const char* waits_for);
 
 /// Derived has
-///   void start(Coroutine&) noexcept   suspended: grant the wait, or enqueue
-///   void stop() noexcept              take the waiter off the list and wake it, if it is there
+///   const char* waits_for()           for messages
+///   void prepare(Coroutine&) noexcept  about to suspend: make the waiter
+///   void start() noexcept              suspended: grant the wait, or enqueue
+///   void stop() noexcept               take the waiter off the list and wake it, if it is there
+/// Nothing is written before it is clear that the coroutine waits.
 template <class Derived, bool kCancellable>
 class WaitAwaiter {
  public:
-  explicit WaitAwaiter(const char* waits_for) noexcept
-      : suspension_(waits_for, Publish{static_cast<Derived*>(this)}), waits_for_(waits_for) {}
-  WaitAwaiter(const char* waits_for, std::stop_token stop) noexcept requires(kCancellable)
-      : WaitAwaiter(waits_for) {
-    stop_.token = std::move(stop);
-  }
+  WaitAwaiter() noexcept requires(!kCancellable) {}
+  explicit WaitAwaiter(std::stop_token stop) noexcept requires(kCancellable)
+      : stop_{std::move(stop), std::nullopt} {}
   WaitAwaiter(const WaitAwaiter&) = delete;
   WaitAwaiter& operator=(const WaitAwaiter&) = delete;
 
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) {
     static_assert(std::is_base_of_v<PromiseBase, Promise>, "await this inside a roost::Task");
-    Coroutine& co = *frame.promise().co;
-    check_may_wait(co, waits_for_);
     Derived& self = static_cast<Derived&>(*this);
+    Coroutine& co = *frame.promise().co;
+    check_may_wait(co, self.waits_for());
     self.prepare(co);
     if constexpr (kCancellable) {
       if (stop_.token.stop_possible()) stop_.callback.emplace(stop_.token, OnStop{&self});
     }
+    std::construct_at(&suspension_, self.waits_for(), Publish{&self});
     suspension_.await_suspend(frame);
   }
 
@@ -63,7 +66,7 @@ class WaitAwaiter {
  private:
   struct Publish {
     Derived* self;
-    void operator()(Coroutine& co) const noexcept { self->start(co); }
+    void operator()(Coroutine&) const noexcept { self->start(); }
   };
   struct OnStop {
     Derived* self;
@@ -75,8 +78,9 @@ class WaitAwaiter {
   };
   struct NoStop {};
 
-  SuspendAwaiter<Publish> suspension_;
-  const char* const waits_for_;
+  union {
+    SuspendAwaiter<Publish> suspension_;  // once it waits; trivially destructible
+  };
   [[no_unique_address]] std::conditional_t<kCancellable, Stop, NoStop> stop_;
 };
 
