@@ -90,6 +90,7 @@ class CoMutex {
         : Core::Waiter(token_of(c)), CallbackEntry(&take_turn), mutex(m), co(&c) {}
     CoMutex* const mutex;
     Coroutine* const co;
+    bool taken_off = false;  // guarded by a CoQueue's lock: woken or cancelled there
   };
 
   static std::uint64_t token_of(const Coroutine& co) noexcept {

@@ -19,14 +19,16 @@
 
 namespace roost::detail {
 
-/// Aborts if the thread holds a ThreadMutex: it would be held across a suspension.
-void check_may_wait(const Coroutine& co, const char* waits_for);
+/// Aborts if the thread holds more than `allowed` ThreadMutexes: they would be held across a
+/// suspension.
+void check_may_wait(const Coroutine& co, const char* waits_for, unsigned allowed);
 
 /// Derived has
 ///   const char* waits_for()           for messages
-///   void prepare(Coroutine&) noexcept  about to suspend: make the waiter
-///   void start() noexcept              suspended: grant the wait, or enqueue
-///   void stop() noexcept               take the waiter off the list and wake it, if it is there
+///   kThreadLocksReleased               how many ThreadMutexes start() lets go of; 0 if not
+///   declared void prepare(Coroutine&) noexcept  about to suspend: make the waiter void start()
+///   noexcept              suspended: grant the wait, or enqueue void stop() noexcept take the
+///   waiter off the list and wake it, if it is there
 /// Nothing is written before it is clear that the coroutine waits.
 template <class Derived, bool kCancellable>
 class WaitAwaiter {
@@ -42,7 +44,7 @@ class WaitAwaiter {
     static_assert(std::is_base_of_v<PromiseBase, Promise>, "await this inside a roost::Task");
     Derived& self = static_cast<Derived&>(*this);
     Coroutine& co = *frame.promise().co;
-    check_may_wait(co, self.waits_for());
+    check_may_wait(co, self.waits_for(), Derived::kThreadLocksReleased);
     self.prepare(co);
     if constexpr (kCancellable) {
       if (stop_.token.stop_possible()) stop_.callback.emplace(stop_.token, OnStop{&self});
@@ -52,6 +54,8 @@ class WaitAwaiter {
   }
 
  protected:
+  static constexpr unsigned kThreadLocksReleased = 0;
+
   ~WaitAwaiter() = default;
 
   bool stop_requested() const noexcept {

@@ -17,8 +17,8 @@ struct WaitNode {
   template <class T>
   using Shared = typename P::template Shared<T>;
 
-  Shared<WaitNode*> next{nullptr};
-  Shared<WaitNode*> prev{nullptr};
+  Shared<WaitNode*> later{nullptr};
+  Shared<WaitNode*> earlier{nullptr};
   Shared<std::uint64_t> linked{0};     // 1: in a list
   Shared<std::uint64_t> cancelled{0};  // 1: a stop was requested
 };
@@ -42,22 +42,22 @@ class WaitList {
 
   /// REQUIRES: it stands in this list.
   void remove(Node& node) noexcept {
-    WaitNode<P>* const before = node.prev.get();
-    WaitNode<P>* const after = node.next.get();
-    (before ? before->next : head_).set(after);
-    (after ? after->prev : tail_).set(before);
-    node.next.set(nullptr);
-    node.prev.set(nullptr);
+    WaitNode<P>* const before = node.earlier.get();
+    WaitNode<P>* const after = node.later.get();
+    (before ? before->later : head_).set(after);
+    (after ? after->earlier : tail_).set(before);
+    node.later.set(nullptr);
+    node.earlier.set(nullptr);
     node.linked.set(0);
   }
 
  private:
   void link(Node& node, WaitNode<P>* before, WaitNode<P>* after) noexcept {
-    node.prev.set(before);
-    node.next.set(after);
+    node.earlier.set(before);
+    node.later.set(after);
     node.linked.set(1);
-    (before ? before->next : head_).set(&node);
-    (after ? after->prev : tail_).set(&node);
+    (before ? before->later : head_).set(&node);
+    (after ? after->earlier : tail_).set(&node);
   }
 
   typename P::template Shared<WaitNode<P>*> head_{nullptr};
