@@ -396,7 +396,7 @@ TEST_F(CoRwlocks, ACoroutineThatEndsWithItHeldIsCaught) {
         spawn(a(), body(), "forgetful");
         settle();
       },
-      "coroutine 'forgetful' ended with 1 lock held");
+      "coroutine 'forgetful' ended with 1 of its coroutine locks held");
 }
 
 TEST_F(CoRwlocks, AThreadMutexHeldWhileItIsAwaitedAborts) {

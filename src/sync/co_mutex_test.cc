@@ -361,11 +361,12 @@ TEST_F(CoMutexDeath, ACoroutineThatEndsWithALockHeld) {
         spawn(a(), body(), "forgetful");
         settle();
       },
-      "coroutine 'forgetful' ended with 1 lock held");
+      "coroutine 'forgetful' ended with 1 of its coroutine locks held");
 }
 
 TEST_F(CoMutexDeath, ACoroutineDestroyedWithALockHeld) {
-  EXPECT_DEATH(Coroutine::destroy(start_holder(a())), "coroutine 'holder' ended with 1 lock held");
+  EXPECT_DEATH(Coroutine::destroy(start_holder(a())),
+               "coroutine 'holder' ended with 1 of its coroutine locks held");
 }
 
 TEST_F(CoMutexDeath, AThreadMutexHeldWhileACoroutineLockIsAwaited) {
