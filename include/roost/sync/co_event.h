@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <stop_token>
+#include <utility>
 
 #include "roost/base/result.h"
 #include "roost/sync/admission_queue.h"
@@ -20,10 +21,11 @@ class CoEvent {
     bool admit(std::uint64_t) const noexcept { return set; }
     bool set;
   };
+  using Queue = detail::AdmissionQueue<State>;
 
  public:
   template <bool kCancellable>
-  class [[nodiscard]] WaitAwaiter : public detail::AdmissionAwaiter<State, kCancellable> {
+  class WaitAwaiter : public detail::AdmissionAwaiter<State, kCancellable> {
    public:
     using detail::AdmissionAwaiter<State, kCancellable>::AdmissionAwaiter;
     auto await_resume() {
@@ -39,10 +41,13 @@ class CoEvent {
 
   /// co_await returns once the event is set. Whoever waited when it was set returns, even if it is
   /// reset before its turn.
-  WaitAwaiter<false> wait() noexcept { return WaitAwaiter<false>(queue_, 0); }
+  auto wait() noexcept {
+    return detail::Wait<WaitAwaiter<false>, Queue&, std::uint64_t>(queue_, 0);
+  }
   /// co_await gives a Result<void>. ECANCELED: the stop came first.
-  WaitAwaiter<true> wait(std::stop_token stop) noexcept {
-    return WaitAwaiter<true>(queue_, 0, std::move(stop));
+  auto wait(std::stop_token stop) noexcept {
+    return detail::Wait<WaitAwaiter<true>, Queue&, std::uint64_t, std::stop_token>(queue_, 0,
+                                                                                   std::move(stop));
   }
 
   /// Wakes all who wait. Not while a thread lock is held: a waiter at home may be entered at once.
@@ -57,7 +62,7 @@ class CoEvent {
   }
 
  private:
-  detail::AdmissionQueue<State> queue_;
+  Queue queue_;
 };
 
 }  // namespace roost

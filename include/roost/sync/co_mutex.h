@@ -46,12 +46,16 @@ class CoMutex {
   CoMutex& operator=(const CoMutex&) = delete;
 
   /// co_await gives a Guard.
-  [[nodiscard]] LockAwaiter<false> lock(Place place = Place::current()) noexcept;
+  detail::Wait<LockAwaiter<false>, CoMutex&, Place> lock(Place place = Place::current()) noexcept {
+    return {*this, place};
+  }
 
   /// co_await gives a Result<Guard>. ECANCELED: the coroutine does not hold the lock and never did;
   /// also if a stop was requested before and the lock is free.
-  [[nodiscard]] LockAwaiter<true> lock(std::stop_token stop,
-                                       Place place = Place::current()) noexcept;
+  detail::Wait<LockAwaiter<true>, CoMutex&, std::stop_token, Place> lock(
+      std::stop_token stop, Place place = Place::current()) noexcept {
+    return {*this, std::move(stop), place};
+  }
 
   /// An empty guard if it is held.
   [[nodiscard]] Guard try_lock() noexcept;
@@ -165,7 +169,7 @@ class [[nodiscard]] CoMutex::Guard {
 };
 
 template <bool kCancellable>
-class [[nodiscard]] CoMutex::LockAwaiter
+class CoMutex::LockAwaiter
     : public detail::WaitAwaiter<CoMutex::LockAwaiter<kCancellable>, kCancellable> {
   using Base = detail::WaitAwaiter<LockAwaiter, kCancellable>;
 
@@ -209,14 +213,6 @@ class [[nodiscard]] CoMutex::LockAwaiter
     Waiter waiter_;  // once it waits; trivially destructible
   };
 };
-
-inline CoMutex::LockAwaiter<false> CoMutex::lock(Place place) noexcept {
-  return LockAwaiter<false>(*this, place);
-}
-
-inline CoMutex::LockAwaiter<true> CoMutex::lock(std::stop_token stop, Place place) noexcept {
-  return LockAwaiter<true>(*this, std::move(stop), place);
-}
 
 inline CoMutex::Guard CoMutex::try_lock() noexcept {
   Coroutine* const me = Coroutine::self();

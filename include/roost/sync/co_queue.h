@@ -33,24 +33,33 @@ class CoQueue {
   template <class Lock, bool kCancellable>
   class WaitAwaiter;
 
+  // Stop is std::stop_token, or nothing.
+  template <class Lock, class... Stop>
+  using Wait = detail::Wait<WaitAwaiter<Lock, (sizeof...(Stop) > 0)>, CoQueue&, Lock&, Stop...>;
+
   explicit CoQueue(const char* name = "a queue") noexcept : name_(name) {}
   ~CoQueue();
   CoQueue(const CoQueue&) = delete;
   CoQueue& operator=(const CoQueue&) = delete;
 
   /// REQUIRES: the coroutine holds the mutex of `guard`.
-  WaitAwaiter<CoMutex::Guard, false> wait(CoMutex::Guard& guard) noexcept;
+  auto wait(CoMutex::Guard& guard) noexcept { return Wait<CoMutex::Guard>(*this, guard); }
   /// co_await gives a Result<void>. ECANCELED: it was not woken, no wake-up was used up for it. It
   /// holds the lock again in either case.
-  WaitAwaiter<CoMutex::Guard, true> wait(CoMutex::Guard& guard, std::stop_token stop) noexcept;
+  auto wait(CoMutex::Guard& guard, std::stop_token stop) noexcept {
+    return Wait<CoMutex::Guard, std::stop_token>(*this, guard, std::move(stop));
+  }
 
   /// The same with a thread lock, which is taken and let go of on the coroutine's home thread.
   /// REQUIRES: `lock` holds it.
   template <class M>
-  WaitAwaiter<std::unique_lock<M>, false> wait(std::unique_lock<M>& lock) noexcept;
+  auto wait(std::unique_lock<M>& lock) noexcept {
+    return Wait<std::unique_lock<M>>(*this, lock);
+  }
   template <class M>
-  WaitAwaiter<std::unique_lock<M>, true> wait(std::unique_lock<M>& lock,
-                                              std::stop_token stop) noexcept;
+  auto wait(std::unique_lock<M>& lock, std::stop_token stop) noexcept {
+    return Wait<std::unique_lock<M>, std::stop_token>(*this, lock, std::move(stop));
+  }
 
   /// Wakes who has waited longest. False: nobody waits.
   bool wake_one() noexcept;
@@ -89,7 +98,7 @@ class CoQueue {
 };
 
 template <class Lock, bool kCancellable>
-class [[nodiscard]] CoQueue::WaitAwaiter
+class CoQueue::WaitAwaiter
     : public detail::WaitAwaiter<CoQueue::WaitAwaiter<Lock, kCancellable>, kCancellable> {
   using Base = detail::WaitAwaiter<WaitAwaiter, kCancellable>;
   static constexpr bool kThreadLock = !std::is_same_v<Lock, CoMutex::Guard>;
@@ -158,22 +167,5 @@ class [[nodiscard]] CoQueue::WaitAwaiter
     Waiter waiter_;  // once it waits; trivially destructible
   };
 };
-
-inline CoQueue::WaitAwaiter<CoMutex::Guard, false> CoQueue::wait(CoMutex::Guard& guard) noexcept {
-  return {*this, guard};
-}
-inline CoQueue::WaitAwaiter<CoMutex::Guard, true> CoQueue::wait(CoMutex::Guard& guard,
-                                                                std::stop_token stop) noexcept {
-  return {*this, guard, std::move(stop)};
-}
-template <class M>
-CoQueue::WaitAwaiter<std::unique_lock<M>, false> CoQueue::wait(std::unique_lock<M>& lock) noexcept {
-  return {*this, lock};
-}
-template <class M>
-CoQueue::WaitAwaiter<std::unique_lock<M>, true> CoQueue::wait(std::unique_lock<M>& lock,
-                                                              std::stop_token stop) noexcept {
-  return {*this, lock, std::move(stop)};
-}
 
 }  // namespace roost

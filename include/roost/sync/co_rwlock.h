@@ -57,15 +57,25 @@ class CoRwlock {
   template <bool kCancellable>
   class UpgradeAwaiter;
 
+  // Stop is std::stop_token, or nothing.
+  template <class... Stop>
+  using Lock = detail::Wait<LockAwaiter<(sizeof...(Stop) > 0)>, CoRwlock&, std::uint64_t, Stop...>;
+  template <class... Stop>
+  using Upgrade = detail::Wait<UpgradeAwaiter<(sizeof...(Stop) > 0)>, Guard&, CoRwlock&, Stop...>;
+
   explicit CoRwlock(const char* name = "a read-write lock") noexcept : queue_(name, State{}) {}
   ~CoRwlock();
 
   /// co_await gives a Guard.
-  LockAwaiter<false> read() noexcept;
-  LockAwaiter<false> write() noexcept;
+  auto read() noexcept { return Lock<>(*this, kRead); }
+  auto write() noexcept { return Lock<>(*this, kWrite); }
   /// co_await gives a Result<Guard>. ECANCELED: the lock is not held and never was.
-  LockAwaiter<true> read(std::stop_token stop) noexcept;
-  LockAwaiter<true> write(std::stop_token stop) noexcept;
+  auto read(std::stop_token stop) noexcept {
+    return Lock<std::stop_token>(*this, kRead, std::move(stop));
+  }
+  auto write(std::stop_token stop) noexcept {
+    return Lock<std::stop_token>(*this, kWrite, std::move(stop));
+  }
 
   const char* name() const noexcept { return queue_.name(); }
 
@@ -102,9 +112,15 @@ class [[nodiscard]] CoRwlock::Guard {
   /// upgrading already, since each would wait for the other: then this one still reads, and has to
   /// let go for the other to go on.
   /// REQUIRES: it holds the lock for reading.
-  UpgradeAwaiter<false> upgrade() noexcept;
+  Upgrade<> upgrade() {
+    check_holder("upgraded");
+    return {*this, *lock_};
+  }
   /// co_await gives a Result<bool>. ECANCELED: it still reads.
-  UpgradeAwaiter<true> upgrade(std::stop_token stop) noexcept;
+  Upgrade<std::stop_token> upgrade(std::stop_token stop) {
+    check_holder("upgraded");
+    return {*this, *lock_, std::move(stop)};
+  }
 
   /// From writing to reading, and lets the readers in that wait next.
   /// REQUIRES: it holds the lock for writing.
@@ -121,7 +137,7 @@ class [[nodiscard]] CoRwlock::Guard {
 };
 
 template <bool kCancellable>
-class [[nodiscard]] CoRwlock::LockAwaiter : public detail::AdmissionAwaiter<State, kCancellable> {
+class CoRwlock::LockAwaiter : public detail::AdmissionAwaiter<State, kCancellable> {
   using Base = detail::AdmissionAwaiter<State, kCancellable>;
 
  public:
@@ -150,8 +166,7 @@ class [[nodiscard]] CoRwlock::LockAwaiter : public detail::AdmissionAwaiter<Stat
 };
 
 template <bool kCancellable>
-class [[nodiscard]] CoRwlock::UpgradeAwaiter
-    : public detail::AdmissionAwaiter<State, kCancellable> {
+class CoRwlock::UpgradeAwaiter : public detail::AdmissionAwaiter<State, kCancellable> {
   using Base = detail::AdmissionAwaiter<State, kCancellable>;
 
  public:
@@ -187,26 +202,5 @@ class [[nodiscard]] CoRwlock::UpgradeAwaiter
   CoRwlock& lock_;
   bool upgrading_ = false;
 };
-
-inline CoRwlock::LockAwaiter<false> CoRwlock::read() noexcept {
-  return LockAwaiter<false>(*this, kRead);
-}
-inline CoRwlock::LockAwaiter<false> CoRwlock::write() noexcept {
-  return LockAwaiter<false>(*this, kWrite);
-}
-inline CoRwlock::LockAwaiter<true> CoRwlock::read(std::stop_token stop) noexcept {
-  return LockAwaiter<true>(*this, kRead, std::move(stop));
-}
-inline CoRwlock::LockAwaiter<true> CoRwlock::write(std::stop_token stop) noexcept {
-  return LockAwaiter<true>(*this, kWrite, std::move(stop));
-}
-inline CoRwlock::UpgradeAwaiter<false> CoRwlock::Guard::upgrade() noexcept {
-  check_holder("upgraded");
-  return UpgradeAwaiter<false>(*this, *lock_);
-}
-inline CoRwlock::UpgradeAwaiter<true> CoRwlock::Guard::upgrade(std::stop_token stop) noexcept {
-  check_holder("upgraded");
-  return UpgradeAwaiter<true>(*this, *lock_, std::move(stop));
-}
 
 }  // namespace roost

@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <stop_token>
+#include <utility>
 
 #include "roost/base/result.h"
 #include "roost/sync/admission_queue.h"
@@ -27,10 +28,11 @@ class CoSemaphore {
     }
     std::uint64_t available;
   };
+  using Queue = detail::AdmissionQueue<State>;
 
  public:
   template <bool kCancellable>
-  class [[nodiscard]] AcquireAwaiter : public detail::AdmissionAwaiter<State, kCancellable> {
+  class AcquireAwaiter : public detail::AdmissionAwaiter<State, kCancellable> {
    public:
     using detail::AdmissionAwaiter<State, kCancellable>::AdmissionAwaiter;
     auto await_resume() {
@@ -45,12 +47,13 @@ class CoSemaphore {
       : queue_(name, State{units}) {}
 
   /// co_await takes `units`, once there are that many and it is the oldest request.
-  AcquireAwaiter<false> acquire(std::uint64_t units = 1) noexcept {
-    return AcquireAwaiter<false>(queue_, units);
+  auto acquire(std::uint64_t units = 1) noexcept {
+    return detail::Wait<AcquireAwaiter<false>, Queue&, std::uint64_t>(queue_, units);
   }
   /// co_await gives a Result<void>. ECANCELED: nothing was taken.
-  AcquireAwaiter<true> acquire(std::uint64_t units, std::stop_token stop) noexcept {
-    return AcquireAwaiter<true>(queue_, units, std::move(stop));
+  auto acquire(std::uint64_t units, std::stop_token stop) noexcept {
+    return detail::Wait<AcquireAwaiter<true>, Queue&, std::uint64_t, std::stop_token>(
+        queue_, units, std::move(stop));
   }
 
   /// Takes them if they are there and nobody waits.
@@ -68,7 +71,7 @@ class CoSemaphore {
   }
 
  private:
-  detail::AdmissionQueue<State> queue_;
+  Queue queue_;
 };
 
 }  // namespace roost

@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 #include <stop_token>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -22,6 +23,22 @@ namespace roost::detail {
 /// Aborts if the thread holds more than `allowed` ThreadMutexes: they would be held across a
 /// suspension.
 void check_may_wait(const Coroutine& co, const char* waits_for, unsigned allowed);
+
+/// What an operation returns: co_await makes the Awaiter of it, in the frame. Others come to hold
+/// the address of an awaiter, so it cannot be moved; but what passes through await_transform() GCC
+/// 12 moves.
+template <class Awaiter, class... Args>
+class [[nodiscard]] Wait {
+ public:
+  Wait(Args... args) noexcept : args_(std::forward<Args>(args)...) {}
+
+  Awaiter operator co_await() && noexcept {
+    return std::apply([](auto&... args) { return Awaiter(std::forward<Args>(args)...); }, args_);
+  }
+
+ private:
+  std::tuple<Args...> args_;
+};
 
 /// Derived has
 ///   const char* waits_for()           for messages
