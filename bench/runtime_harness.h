@@ -38,6 +38,8 @@ constexpr int kBurstCoroutines = 1'000'000;
 constexpr int kSpawnBatch = 8;
 // Rounds of a lock between two turns of the loop, so that descriptors are served meanwhile.
 constexpr unsigned kRoundsPerTurn = 64;
+// Items that fit between the producer and the consumer of `queue`.
+constexpr unsigned kPipeCapacity = 64;
 
 // Counts the items of one coroutine, or of all coroutines of one thread.
 struct alignas(64) Counter {
