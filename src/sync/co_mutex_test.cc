@@ -320,7 +320,7 @@ TEST_F(CoMutexDeath, LockingWhatOneHolds) {
 }
 
 TEST_F(CoMutexDeath, UnlockingWhatAnotherHolds) {
-  start_holder(b());
+  Coroutine* holder = start_holder(b());
   const auto body = [&]() -> Task<> {
     mutex_.unlock();
     co_return;
@@ -332,6 +332,7 @@ TEST_F(CoMutexDeath, UnlockingWhatAnotherHolds) {
       },
       "the lock .* unlocked by coroutine 'thief' at .*co_mutex_test.cc.*does not hold it");
   EXPECT_DEATH(mutex_.unlock(), "the lock .* unlocked by nobody");
+  resume(holder);
 }
 
 TEST_F(CoMutexDeath, AGuardGivenToAnotherCoroutine) {
