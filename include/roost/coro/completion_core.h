@@ -79,8 +79,8 @@ class CompletionCore {
   /// well).
   bool end_wait() noexcept {
     std::uint64_t expected = kStopped;
-    // Acquire on failure, as in fired(). Relaxed on success: stop() published nothing.
-    return !word_.compare_exchange_strong(expected, kEmpty, std::memory_order_relaxed,
+    // Acquire, for the failure, as in fired(). The success needs none: stop() published nothing.
+    return !word_.compare_exchange_strong(expected, kEmpty, std::memory_order_acquire,
                                           std::memory_order_acquire);
   }
 
@@ -94,11 +94,20 @@ class CompletionCore {
     return {before == kFired ? Fire::kTwice : Fire::kNothing, nullptr};
   }
 
-  /// The waiting side goes, and does not touch the block any more unless this is true: free it.
-  bool abandon() noexcept {
+  /// What abandon() leaves to its caller.
+  enum class Abandon : std::uint8_t {
+    kNothing,   // the block is the firing side's
+    kFree,      // fired: free the block
+    kOccupied,  // misuse: somebody waits
+  };
+
+  /// The waiting side goes, and does not touch the block any more unless it has to free it.
+  Abandon abandon() noexcept {
     // Acquire pairs with the release of fire(): everything the firing side did with the block comes
     // before it is freed. Release pairs with the acquire of fire(), for the same reason.
-    return word_.exchange(kAbandoned, std::memory_order_acq_rel) == kFired;
+    const std::uint64_t before = word_.exchange(kAbandoned, std::memory_order_acq_rel);
+    if (is_waiter(before)) return Abandon::kOccupied;
+    return before == kFired ? Abandon::kFree : Abandon::kNothing;
   }
 
  private:

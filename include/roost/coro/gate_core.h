@@ -66,9 +66,10 @@ class GateCore {
     return Enter::kEntered;
   }
 
-  /// One more in flight, even if the gate is closed.
-  /// REQUIRES: the caller is in flight itself, or knows that nobody waits for idleness.
-  bool enter_always() noexcept {
+  /// One more in flight, even if the gate is closed. False: too many are.
+  /// REQUIRES: the caller is in flight itself.
+  bool enter_inside() noexcept {
+    // Acquire for uniformity with try_enter(); the caller has seen what its own entry showed.
     const std::uint64_t before = word_.fetch_add(kOneInFlight, std::memory_order_acquire);
     return in_flight(before) != kMaxInFlight;
   }
@@ -119,9 +120,9 @@ class GateCore {
         waiter.state_.set(Waiter::kIdle);
         return false;
       }
-      // Relaxed: who sees the flag takes the mutex before it looks at the list. Acquire on failure,
-      // as above.
-    } while (!word_.compare_exchange_weak(seen, seen | kWaiters, std::memory_order_relaxed,
+      // Acquire for the failure, as above. The flag publishes nothing: who sees it takes the mutex
+      // before it looks at the list.
+    } while (!word_.compare_exchange_weak(seen, seen | kWaiters, std::memory_order_acquire,
                                           std::memory_order_acquire));
     waiter.state_.set(Waiter::kListed);
     waiter.next_.set(nullptr);
