@@ -55,7 +55,7 @@ struct CompletionState : FrameAllocated {
 }  // namespace detail
 
 /// The firing side. Move-only; made by Completion::token().
-template <class T>
+template <class T = void>
 class [[nodiscard]] CompletionToken {
   using State = detail::CompletionState<T>;
 
