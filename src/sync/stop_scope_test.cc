@@ -25,6 +25,7 @@ class StopScopes : public StructuredTest {
 };
 ROOST_ON_EACH_LOOP(StopScopes);
 using StopScopeDeathTest = StopScopes;
+ROOST_ON_EACH_LOOP(StopScopeDeathTest);
 
 TEST_P(StopScopes, ARequestStopsItOnce) {
   StopScope scope;

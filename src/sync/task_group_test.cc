@@ -46,6 +46,7 @@ class TaskGroups : public StructuredTest {
 };
 ROOST_ON_EACH_LOOP(TaskGroups);
 using TaskGroupDeathTest = TaskGroups;
+ROOST_ON_EACH_LOOP(TaskGroupDeathTest);
 
 TEST_P(TaskGroups, JoiningAnEmptyOneDoesNotSuspend) {
   TaskGroup group;
@@ -348,7 +349,7 @@ TEST_P(TaskGroups, AStopThatEndsTheGroupItselfIsSafe) {
 }
 
 TEST_P(TaskGroupDeathTest, DestroyedWithoutAJoinItAbortsThoughItsChildrenHaveEnded) {
-  auto group = std::make_unique<TaskGroup>(TaskGroupOptions{.name = "the copy"});
+  std::unique_ptr<TaskGroup> group(new TaskGroup({.name = "the copy"}));
   group->spawn(until_stopped(group->stop_token(), log_));
   EXPECT_DEATH(group.reset(),
                "task group 'the copy', made at sync/task_group_test.cc:[0-9]+, "

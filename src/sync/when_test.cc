@@ -49,6 +49,7 @@ class When : public StructuredTest {
 };
 ROOST_ON_EACH_LOOP(When);
 using WhenDeathTest = When;
+ROOST_ON_EACH_LOOP(WhenDeathTest);
 
 TEST_P(When, AllGivesTheValuesOfDifferentTasksInTheirOrder) {
   struct Body {
