@@ -5,10 +5,10 @@
 
 namespace roost::detail {
 
-Coroutine* ChildSet::create(Task<void> body, const char* child_name) {
+Coroutine* ChildSet::create(Task<void> body, Coroutine::Place place) {
   Gate::Pass pass = gate_.try_pass();
-  ROOST_CHECK(pass, "a task spawned in '{}', which has been joined", name());
-  Coroutine* const co = Coroutine::create(std::move(body), child_name);
+  ROOST_CHECK(pass, "a task spawned at {} in '{}', which has been joined", describe(place), name());
+  Coroutine* const co = Coroutine::create(std::move(body), name(), place);
   pass.release();
   return co;
 }

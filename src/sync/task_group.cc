@@ -22,24 +22,25 @@ TaskGroup::~TaskGroup() {
               name(), describe(made_at_), running());
 }
 
-CoContext& TaskGroup::current() const {
+CoContext& TaskGroup::current(Place place) const {
   CoContext* const context = this_thread().context;
-  ROOST_CHECK(context, "a task spawned in task group '{}' outside of any context", name());
+  ROOST_CHECK(context, "a task spawned at {} in task group '{}' outside of any context",
+              describe(place), name());
   return *context;
 }
 
-void TaskGroup::start_child(CoContext& context, Task<void> body) {
+void TaskGroup::start_child(CoContext& context, Task<void> body, Place place) {
   spawned_.store(true, std::memory_order_relaxed);
   if (scope_.stopped()) {
     not_started();
     return;
   }
   if (!bounded()) {
-    start(context, std::move(body));
+    start(context, std::move(body), place);
     return;
   }
   auto queued = std::make_unique<Queued>(context);
-  queued->co = create(std::move(body), name());
+  queued->co = create(std::move(body), place);
   {
     std::lock_guard lock(turns_mutex_);
     if (started_ == max_running_) {
@@ -50,7 +51,7 @@ void TaskGroup::start_child(CoContext& context, Task<void> body) {
     }
     ++started_;
   }
-  co_schedule(context, *queued->co);
+  co_schedule(context, *queued->co, place);
 }
 
 void TaskGroup::not_started() noexcept {

@@ -31,11 +31,12 @@ class ChildSet {
 
   /// Makes the coroutine of a child, which counts from here on. `body` catches what is thrown and
   /// ends with leave(), after which it touches nothing but its own frame.
-  Coroutine* create(Task<void> body, const char* child_name);
+  Coroutine* create(Task<void> body, Coroutine::Place place);
 
   /// create(), and schedules it on `context`.
-  void start(CoContext& context, Task<void> body) {
-    co_schedule(context, *create(std::move(body), name()));
+  void start(CoContext& context, Task<void> body,
+             Coroutine::Place place = Coroutine::Place::current()) {
+    co_schedule(context, *create(std::move(body), place), place);
   }
 
   /// A child failed, or could not be started. The first one counts.

@@ -60,15 +60,15 @@ class TaskGroup : private detail::ChildSet {
   /// Starts `task` as a child, on the current context, at its next turn. A child fails by an error
   /// or an exception. In a group that was stopped it is not started, and destroyed instead.
   template <class T>
-  void spawn(Task<T> task) {
-    spawn(current(), std::move(task));
+  void spawn(Task<T> task, Place place = Place::current()) {
+    spawn(current(place), std::move(task), place);
   }
   /// Likewise, on `context`.
   template <class T>
-  void spawn(CoContext& context, Task<T> task) {
+  void spawn(CoContext& context, Task<T> task, Place place = Place::current()) {
     static_assert(std::is_void_v<T> || std::is_same_v<T, Result<void>>,
                   "nobody would get the child's value: when_all() gives values");
-    start_child(context, detail::run_child(*this, std::move(task), Take<T>{this}));
+    start_child(context, detail::run_child(*this, std::move(task), Take<T>{this}), place);
   }
 
   class [[nodiscard]] Room;
@@ -123,8 +123,8 @@ class TaskGroup : private detail::ChildSet {
   bool bounded() const noexcept { return max_running_ != ~std::uint32_t{0}; }
   bool has_room() const noexcept { return !queue_head_ && started_ < max_running_; }
   bool room_or_stopped() noexcept;
-  CoContext& current() const;
-  void start_child(CoContext& context, Task<void> body);
+  CoContext& current(Place place) const;
+  void start_child(CoContext& context, Task<void> body, Place place);
   void not_started() noexcept;
   void give_turn_away() noexcept;
 
