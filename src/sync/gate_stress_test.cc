@@ -50,7 +50,8 @@ struct World {
   std::atomic<int> live{kRequesters + kDrainers};
   std::atomic<int> errors{0};
   std::atomic<std::uint64_t> sum{0};  // keeps the plain reads alive
-  std::atomic<std::stop_source*> stop_slot{nullptr};
+  // Each drainer's stop source on its way to the stopper; null: none.
+  std::array<std::atomic<std::stop_source*>, kDrainers> stops{};
 
   CoContext& any_context(TestRandom& random) { return threads[random.below(kContexts)]->context(); }
 
@@ -73,13 +74,23 @@ struct World {
         gate.leave();
       } else {
         ++me.refused;
-        std::this_thread::yield();
       }
-      if (std::unique_ptr<std::stop_source> source{stop_slot.exchange(nullptr)}) {
-        source->request_stop();
-      }
+      std::this_thread::yield();
     }
-    delete stop_slot.exchange(nullptr);
+  }
+
+  // Another thread without a context.
+  void stop() {
+    TestRandom random(3);
+    while (live.load() > 0) {
+      for (auto& slot : stops) {
+        if (const std::unique_ptr<std::stop_source> source{slot.exchange(nullptr)}) {
+          for (unsigned i = random.below(200); i > 0; --i) RealPlatform::cpu_relax();
+          source->request_stop();
+        }
+      }
+      std::this_thread::yield();
+    }
   }
 };
 
@@ -104,18 +115,29 @@ Task<void> drain(World& world, int index) {
   CoContext* const home = this_thread().context;
   TestRandom random(index + 100);
   for (int i = 0; i < kDrains; ++i) {
+    // Most often there is somebody to wait for.
+    for (int turns = 0; turns < 20 && world.gate.in_flight() == 0; ++turns) {
+      co_await move_to(*home);
+    }
+    const unsigned mode = random.below(4);
+    // Now and then it is itself what it waits for: then only the stop ends the wait.
+    Gate::Pass pass;
+    if (mode == 0) pass = world.gate.try_pass();
     world.gate.close();
-    if (random.below(2)) {
+    if (mode < 3) {
       std::stop_source source;
-      delete world.stop_slot.exchange(new std::stop_source(source));
+      while (world.stops[index].load()) std::this_thread::yield();
+      world.stops[index].store(new std::stop_source(source));
       const Result<void> result = co_await world.gate.idle(source.get_token());
       if (result) {
+        if (pass) ++world.errors;
         me.beaten += source.stop_requested();
       } else {
         ++me.stopped;
         if (!source.stop_requested()) ++world.errors;
       }
     }
+    pass.leave();
     ++(world.gate.in_flight() ? me.waited : me.at_once);
     co_await world.gate.idle();
     if (this_thread().context != home) ++world.errors;
@@ -145,8 +167,10 @@ TEST_P(GateStress, NothingIsInFlightInADrainedSection) {
   for (int i = 0; i < kDrainers; ++i) {
     spawn(world.threads[i]->context(), drain(world, i), "drain");
   }
-  std::thread([&] { world.foreign(); }).join();
-  while (world.live.load() > 0) std::this_thread::yield();
+  std::thread foreign([&] { world.foreign(); });
+  std::thread stopper([&] { world.stop(); });
+  foreign.join();
+  stopper.join();
   for (auto& thread : world.threads) {
     thread->stop();
     thread->join();

@@ -238,11 +238,15 @@ struct PromiseBase {
   static void* operator new(std::size_t size) { return allocate_frame(size); }
   static void operator delete(void* frame, std::size_t size) noexcept { free_frame(frame, size); }
 
-  /// Passes an awaitable on as it is, and notes the place.
+  /// Notes the place and gives the awaiter. Never an rvalue reference: GCC copies what that names.
   template <class Awaitable>
-  Awaitable&& await_transform(Awaitable&& awaitable, Place place = Place::current()) noexcept {
+  decltype(auto) await_transform(Awaitable&& awaitable, Place place = Place::current()) noexcept {
     awaits_at = place;
-    return static_cast<Awaitable&&>(awaitable);
+    if constexpr (requires { static_cast<Awaitable&&>(awaitable).operator co_await(); }) {
+      return static_cast<Awaitable&&>(awaitable).operator co_await();
+    } else {
+      return static_cast<std::remove_reference_t<Awaitable>&>(awaitable);
+    }
   }
 
   /// Tells the driver what to resume next.
