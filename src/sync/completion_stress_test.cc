@@ -66,6 +66,22 @@ struct Probe {
 template <class Inner, class... Rest>
 Probe(Inner&&, Rest...) -> Probe<Inner>;
 
+// What is awaited: it may be copied, unlike what the probe is made of.
+template <class Inner>
+class Look {
+ public:
+  explicit Look(Probe<Inner>& probe) : probe_(&probe) {}
+  bool await_ready() const { return probe_->await_ready(); }
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> frame) {
+    probe_->await_suspend(frame);
+  }
+  auto await_resume() { return probe_->await_resume(); }
+
+ private:
+  Probe<Inner>* probe_;
+};
+
 // Takes one thing at a time from a coroutine to a thread.
 template <class T>
 struct alignas(128) Mailbox {
@@ -131,14 +147,15 @@ Task<void> wait_for_ever_new_ones(World& world, int index) {
     if (mode < 4) {
       while (mode == 0 && !done->fired()) std::this_thread::yield();
       Probe probe{done->wait(), &*done, random.below(100), mode == 1};
-      const Result<int> result = co_await probe;
+      const Result<int> result = co_await Look(probe);
       ++(!probe.suspended ? counts.before : probe.during ? counts.during : counts.after);
       counts.errors += !result || *result != 7;
     } else {
       std::stop_source source;
       world.stops[index].put(new std::stop_source(source));
-      Probe probe{done->wait(source.get_token()), &*done, random.below(100), false};
-      const Result<int> result = co_await probe;
+      Probe probe{done->wait(source.get_token()).operator co_await(), &*done, random.below(100),
+                  false};
+      const Result<int> result = co_await Look(probe);
       if (result) {
         counts.fired_while_stopping += probe.suspended && source.stop_requested();
         counts.errors += *result != 7;

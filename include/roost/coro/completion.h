@@ -209,7 +209,22 @@ class Completion {
   bool fired() const noexcept { return state_->core.fired(); }
 
   class [[nodiscard]] Wait;
-  class [[nodiscard]] StoppableWait;
+  class StoppableAwaiter;
+  // co_await makes the awaiter of it, in the frame. That cannot be moved; but what passes through
+  // await_transform() GCC 12 moves.
+  class [[nodiscard]] StoppableWait {
+   public:
+    StoppableWait(State& state, bool token_made, std::stop_token stop) noexcept
+        : state_(state), token_made_(token_made), stop_(std::move(stop)) {}
+    StoppableAwaiter operator co_await() && noexcept {
+      return StoppableAwaiter(state_, token_made_, std::move(stop_));
+    }
+
+   private:
+    State& state_;
+    bool token_made_;
+    std::stop_token stop_;
+  };
 
   /// Suspends until the token is fired or dropped, and gives what it was fired with, or ECANCELED
   /// if it was dropped. A result can be waited for once, by one coroutine.
@@ -255,7 +270,7 @@ class Completion<T>::Wait {
   }
 
  private:
-  friend class StoppableWait;
+  friend class StoppableAwaiter;
 
   struct Publish {
     State* state;
@@ -283,12 +298,12 @@ class Completion<T>::Wait {
 };
 
 template <class T>
-class Completion<T>::StoppableWait {
+class Completion<T>::StoppableAwaiter {
  public:
-  StoppableWait(State& state, bool token_made, std::stop_token stop) noexcept
+  StoppableAwaiter(State& state, bool token_made, std::stop_token stop) noexcept
       : wait_(state, token_made), stop_(std::move(stop)) {}
-  StoppableWait(const StoppableWait&) = delete;
-  StoppableWait& operator=(const StoppableWait&) = delete;
+  StoppableAwaiter(const StoppableAwaiter&) = delete;
+  StoppableAwaiter& operator=(const StoppableAwaiter&) = delete;
 
   bool await_ready() const noexcept { return wait_.await_ready(); }
   template <class Promise>

@@ -238,15 +238,11 @@ struct PromiseBase {
   static void* operator new(std::size_t size) { return allocate_frame(size); }
   static void operator delete(void* frame, std::size_t size) noexcept { free_frame(frame, size); }
 
-  /// Notes the place and gives the awaiter. Never an rvalue reference: GCC copies what that names.
+  /// Passes an awaitable on as it is, and notes the place.
   template <class Awaitable>
-  decltype(auto) await_transform(Awaitable&& awaitable, Place place = Place::current()) noexcept {
+  Awaitable&& await_transform(Awaitable&& awaitable, Place place = Place::current()) noexcept {
     awaits_at = place;
-    if constexpr (requires { static_cast<Awaitable&&>(awaitable).operator co_await(); }) {
-      return static_cast<Awaitable&&>(awaitable).operator co_await();
-    } else {
-      return static_cast<std::remove_reference_t<Awaitable>&>(awaitable);
-    }
+    return static_cast<Awaitable&&>(awaitable);
   }
 
   /// Tells the driver what to resume next.

@@ -99,14 +99,36 @@ class Gate {
   /// Aborts if the gate is not closed.
   void open() noexcept;
 
-  class [[nodiscard]] Idle;
-  class [[nodiscard]] StoppableIdle;
+  class Idle;
+  class StoppableIdle;
+  // What idle() returns: co_await makes the awaiter of it, in the frame. The gate comes to hold the
+  // address of that, so it cannot be moved; but what passes through await_transform() GCC 12 moves.
+  class [[nodiscard]] IdleWait {
+   public:
+    explicit IdleWait(Gate& gate) noexcept : gate_(gate) {}
+    Idle operator co_await() && noexcept;
+
+   private:
+    Gate& gate_;
+  };
+  class [[nodiscard]] StoppableIdleWait {
+   public:
+    StoppableIdleWait(Gate& gate, std::stop_token stop) noexcept
+        : gate_(gate), stop_(std::move(stop)) {}
+    StoppableIdle operator co_await() && noexcept;
+
+   private:
+    Gate& gate_;
+    std::stop_token stop_;
+  };
 
   /// Suspends until nothing is in flight. That lasts only if the gate is closed, and may never come
   /// if it is not. All who wait are woken by the same leave().
-  Idle idle() noexcept;
+  IdleWait idle() noexcept { return IdleWait(*this); }
   /// As idle(); ECANCELED if `stop` came first. Nothing has changed then: a closed gate is closed.
-  StoppableIdle idle(std::stop_token stop) noexcept;
+  StoppableIdleWait idle(std::stop_token stop) noexcept {
+    return StoppableIdleWait(*this, std::move(stop));
+  }
 
   // Snapshots, for messages and tests.
   std::uint32_t in_flight() const noexcept { return core_.in_flight(); }
@@ -180,9 +202,9 @@ class Gate::StoppableIdle {
   std::optional<std::stop_callback<OnStop>> on_stop_;
 };
 
-inline Gate::Idle Gate::idle() noexcept { return Idle(*this); }
-inline Gate::StoppableIdle Gate::idle(std::stop_token stop) noexcept {
-  return StoppableIdle(*this, std::move(stop));
+inline Gate::Idle Gate::IdleWait::operator co_await() && noexcept { return Idle(gate_); }
+inline Gate::StoppableIdle Gate::StoppableIdleWait::operator co_await() && noexcept {
+  return StoppableIdle(gate_, std::move(stop_));
 }
 
 }  // namespace roost

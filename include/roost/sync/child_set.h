@@ -47,7 +47,7 @@ class ChildSet {
 
   /// Nobody starts any more.
   void close() noexcept { gate_.close(); }
-  Gate::Idle idle() noexcept { return gate_.idle(); }
+  Gate::IdleWait idle() noexcept { return gate_.idle(); }
 
   /// After idle(): rethrows if the first failure was an exception; else returns it, or success.
   Result<void> outcome();
