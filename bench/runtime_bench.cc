@@ -7,16 +7,20 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <memory>
+#include <stop_token>
 #include <thread>
 #include <vector>
 
 #include "roost/aio/aio_context.h"
 #include "roost/aio/iothread.h"
+#include "roost/coro/completion.h"
 #include "roost/coro/coroutine.h"
 #include "roost/coro/task.h"
 #include "roost/sync/co_mutex.h"
 #include "roost/sync/co_queue.h"
+#include "roost/sync/task_group.h"
 #include "runtime_harness.h"
 
 namespace {
@@ -277,6 +281,85 @@ void queue(benchmark::State& state) {
   crew.measure(state, 1);
 }
 BENCHMARK(queue)->UseManualTime();
+// An operation that completes on the loop it was started on, in its next iteration.
+struct LocalOperation : roost::CallbackEntry {
+  LocalOperation() noexcept : CallbackEntry(&complete) {}
+  static bool complete(CallbackEntry& entry) noexcept {
+    void* const opaque = static_cast<LocalOperation&>(entry).opaque;
+    roost::CompletionToken<int>::from_opaque(opaque).fire(1);
+    return true;
+  }
+  void* opaque = nullptr;
+};
+
+Task<> wait_here(Crew& crew, AioContext& context) {
+  bench::Counter& completions = crew.counter(0);
+  LocalOperation operation;
+  int sum = 0;
+  while (crew.running()) {
+    roost::Completion<int> done("an operation");
+    operation.opaque = done.token().release();
+    context.post_here(operation);
+    sum += *co_await done.wait();
+    completions.add();
+  }
+  benchmark::DoNotOptimize(sum);
+  crew.ended();
+}
+
+// A thread that roost does not know, which completes one operation after the other.
+Task<> wait_elsewhere(Crew& crew, std::atomic<void*>& mailbox) {
+  bench::Counter& completions = crew.counter(0);
+  int sum = 0;
+  while (crew.running()) {
+    roost::Completion<int> done("an operation");
+    mailbox.store(done.token().release(), std::memory_order_release);
+    sum += *co_await done.wait();
+    completions.add();
+  }
+  benchmark::DoNotOptimize(sum);
+  crew.ended();
+}
+
+void completion(benchmark::State& state) {
+  Crew crew(1);
+  std::atomic<void*> mailbox{nullptr};
+  std::jthread foreign;
+  Loop loop;
+  if (state.range(0)) {
+    foreign = std::jthread([&mailbox](std::stop_token stop) {
+      while (!stop.stop_requested()) {
+        if (void* const opaque = mailbox.exchange(nullptr, std::memory_order_acquire)) {
+          roost::CompletionToken<int>::from_opaque(opaque).fire(1);
+        }
+      }
+    });
+    spawn(loop.context(), wait_elsewhere(crew, mailbox));
+  } else {
+    spawn(loop.context(), wait_here(crew, loop.context()));
+  }
+  crew.measure(state, 1);
+}
+BENCHMARK(completion)->ArgName("foreign")->Arg(0)->Arg(1)->UseManualTime();
+
+Task<> group_of(Crew& crew, int children) {
+  bench::Counter& ended = crew.counter(0);
+  while (crew.running()) {
+    roost::TaskGroup group;
+    for (int i = 0; i < children; ++i) group.spawn(nothing());
+    (void)co_await group.join();
+    ended.add(static_cast<uint64_t>(children));
+  }
+  crew.ended();
+}
+
+void task_group(benchmark::State& state) {
+  Crew crew(1);
+  Loop loop;
+  spawn(loop.context(), group_of(crew, static_cast<int>(state.range(0))));
+  crew.measure(state, 1);
+}
+BENCHMARK(task_group)->ArgName("children")->Arg(2)->Arg(100)->UseManualTime();
 
 Task<> busy(Crew& crew, AioContext& context) {
   while (crew.running()) co_await move_to(context);

@@ -8,6 +8,7 @@
 // the operation.
 #include <sys/eventfd.h>
 
+#include <atomic>
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/bind_executor.hpp>
 #include <boost/asio/co_spawn.hpp>
@@ -16,14 +17,17 @@
 #include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/experimental/channel.hpp>
 #include <boost/asio/experimental/concurrent_channel.hpp>
+#include <boost/asio/experimental/parallel_group.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/posix/basic_stream_descriptor.hpp>
 #include <boost/asio/post.hpp>
 #include <cstddef>
+#include <exception>
 #include <memory>
 #include <new>
 #include <optional>
 #include <semaphore>
+#include <stop_token>
 #include <string_view>
 #include <thread>
 #include <vector>
@@ -336,6 +340,109 @@ void queue(benchmark::State& state) {
   crew.measure(state, 1);
 }
 BENCHMARK(queue)->UseManualTime();
+// An operation that completes on the loop it was started on, in its next iteration.
+Awaitable<> wait_here(Crew& crew, Executor executor) {
+  bench::Counter& completions = crew.counter(0);
+  auto initiate = [&executor](auto&& handler) {
+    asio::post(executor, [handler = std::move(handler)]() mutable { std::move(handler)(1); });
+  };
+  int sum = 0;
+  while (crew.running()) {
+    sum +=
+        co_await asio::async_initiate<const asio::deferred_t, void(int)>(initiate, asio::deferred);
+    completions.add();
+  }
+  benchmark::DoNotOptimize(sum);
+  crew.ended();
+}
+
+// What `Parked` is for a handler that takes the result.
+class Pending {
+ public:
+  template <typename Handler>
+  void park(Handler handler) {
+    static_assert(sizeof(Handler) <= sizeof(storage_));
+    new (storage_) Handler(std::move(handler));
+    complete_ = [](void* storage, int result) {
+      Handler& parked = *std::launder(static_cast<Handler*>(storage));
+      Handler taken = std::move(parked);
+      parked.~Handler();
+      const auto executor = asio::get_associated_executor(taken);
+      asio::post(executor,
+                 [taken = std::move(taken), result]() mutable { std::move(taken)(result); });
+    };
+  }
+  void complete(int result) { complete_(storage_, result); }
+
+ private:
+  alignas(void*) std::byte storage_[2 * sizeof(void*)];
+  void (*complete_)(void*, int);
+};
+
+// A thread that Asio does not know, which completes one operation after the other.
+Awaitable<> wait_elsewhere(Crew& crew, std::atomic<Pending*>& mailbox) {
+  bench::Counter& completions = crew.counter(0);
+  Pending pending;
+  auto initiate = [&pending, &mailbox](auto&& handler) {
+    pending.park(std::move(handler));
+    mailbox.store(&pending, std::memory_order_release);
+  };
+  int sum = 0;
+  while (crew.running()) {
+    sum +=
+        co_await asio::async_initiate<const asio::deferred_t, void(int)>(initiate, asio::deferred);
+    completions.add();
+  }
+  benchmark::DoNotOptimize(sum);
+  crew.ended();
+}
+
+void completion(benchmark::State& state) {
+  Crew crew(1);
+  std::atomic<Pending*> mailbox{nullptr};
+  std::jthread foreign;
+  Loop loop;
+  if (state.range(0)) {
+    foreign = std::jthread([&mailbox](std::stop_token stop) {
+      while (!stop.stop_requested()) {
+        if (Pending* const pending = mailbox.exchange(nullptr, std::memory_order_acquire)) {
+          pending->complete(1);
+        }
+      }
+    });
+    asio::co_spawn(loop.executor(), wait_elsewhere(crew, mailbox), asio::detached);
+  } else {
+    asio::co_spawn(loop.executor(), wait_here(crew, loop.executor()), asio::detached);
+  }
+  crew.measure(state, 1);
+}
+BENCHMARK(completion)->ArgName("foreign")->Arg(0)->Arg(1)->UseManualTime();
+
+// What an expert takes for a number of children that is known at run time only.
+Awaitable<> group_of(Crew& crew, Executor executor, int children) {
+  bench::Counter& ended = crew.counter(0);
+  using Child = decltype(asio::co_spawn(executor, nothing(), asio::deferred));
+  while (crew.running()) {
+    std::vector<Child> tasks;
+    tasks.reserve(static_cast<std::size_t>(children));
+    for (int i = 0; i < children; ++i) {
+      tasks.push_back(asio::co_spawn(executor, nothing(), asio::deferred));
+    }
+    co_await asio::experimental::make_parallel_group(std::move(tasks))
+        .async_wait(asio::experimental::wait_for_one_error(), asio::deferred);
+    ended.add(static_cast<uint64_t>(children));
+  }
+  crew.ended();
+}
+
+void task_group(benchmark::State& state) {
+  Crew crew(1);
+  Loop loop;
+  asio::co_spawn(loop.executor(), group_of(crew, loop.executor(), static_cast<int>(state.range(0))),
+                 asio::detached);
+  crew.measure(state, 1);
+}
+BENCHMARK(task_group)->ArgName("children")->Arg(2)->Arg(100)->UseManualTime();
 
 Awaitable<> busy(Crew& crew) {
   while (crew.running()) co_await asio::post(asio::deferred);

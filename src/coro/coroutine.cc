@@ -285,6 +285,21 @@ void co_wake(Coroutine& co, Coroutine::Place place) { Coroutine::wake(co, false,
 
 void wake_waiter(Coroutine& co, Coroutine::Place place) { Coroutine::wake(co, true, place); }
 
+void wake_waiter_later(Coroutine& co, Coroutine::Place place) {
+  ThreadState& thread = this_thread();
+  CoContext* const home = co.home();
+  const bool would_enter =
+      home && thread.context == home && !(thread.driver && thread.driver->context == home);
+  if (!would_enter) {
+    Coroutine::wake(co, true, place);
+    return;
+  }
+  const auto schedule = co.state_.schedule(home->index(), true);
+  if (!schedule.won) [[unlikely]]
+    co.misuse("wake-up of the waiting", place, schedule.seen);
+  co.post_schedule(*home, thread, schedule, place);
+}
+
 namespace {
 
 // What an entry says, read before the claim: an embedded entry may be used again at once after it.

@@ -91,6 +91,7 @@ class Coroutine final {
   friend void co_schedule(CoContext&, Coroutine&, Place);
   friend void co_wake(Coroutine&, Place);
   friend void wake_waiter(Coroutine&, Place);
+  friend void wake_waiter_later(Coroutine&, Place);
   friend bool run_entry(ThreadState&, CoContext&, CoroutineEntry&) noexcept;
   friend void prefetch_entry(const CoroutineEntry&) noexcept;
   friend bool drop_entry(CoroutineEntry&) noexcept;
@@ -184,6 +185,11 @@ void co_wake(Coroutine& co, Coroutine::Place place = Coroutine::Place::current()
 
 /// co_wake for the primitive that suspended `co` with suspend_waiting().
 void wake_waiter(Coroutine& co, Coroutine::Place place = Coroutine::Place::current());
+
+/// As wake_waiter(), but never enters `co` on the caller's stack: where wake_waiter() would, it takes
+/// its turn in its home's queue. For wake-ups that come from code which does not expect it: a
+/// foreign library's callback, a stop callback, a destructor.
+void wake_waiter_later(Coroutine& co, Coroutine::Place place = Coroutine::Place::current());
 
 /// A reference that keeps a coroutine's control block, so that it can be asked and entered although
 /// it may run or end elsewhere at the same time.
