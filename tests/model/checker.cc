@@ -45,7 +45,7 @@ rl::test_result_e run_test(rl::test_params& params, rl::ostringstream& state, bo
       return rl::run_test<Test<threads>, rl::full_search_scheduler<threads>>(params, state, again);
     case rl::sched_bound:
       return rl::run_test<Test<threads>, rl::context_bound_scheduler<threads>>(params, state,
-                                                                              again);
+                                                                               again);
     default:
       return rl::run_test<Test<threads>, rl::random_scheduler<threads>>(params, state, again);
   }

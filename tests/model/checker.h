@@ -34,8 +34,8 @@ class Suite : public SuiteBase {
 };
 
 /// Runs the cases of one model: all of them, or those named on the command line. Exits with 0 if
-/// every execution was right, 1 if the checker found one that was not (its steps are printed, unless
-/// the first argument is --brief), 2 if a path was never taken or a name is unknown.
+/// every execution was right, 1 if the checker found one that was not (its steps are printed,
+/// unless the first argument is --brief), 2 if a path was never taken or a name is unknown.
 class Cases {
  public:
   Cases(int argc, char** argv);

@@ -127,7 +127,9 @@ struct FireAndWait : Suite<2>, World {
     take_result();
     abandon();
   }
-  void after() override { require(!block.alive() && got_result, "the result came, the block is freed"); }
+  void after() override {
+    require(!block.alive() && got_result, "the result came, the block is freed");
+  }
 };
 
 struct FireAndAbandon : Suite<2>, World {
@@ -142,7 +144,8 @@ struct Stop : Suite<3>, World {
   void thread(unsigned self) override {
     if (self == 1) return fire();
     if (self == 2) return stop();
-    // The callback is there before await_suspend(), but it may have been fired before await_ready().
+    // The callback is there before await_suspend(), but it may have been fired before
+    // await_ready().
     if (wait(true)) {
       take_result();
     } else if (rl::rand(2) == 0) {
@@ -179,8 +182,9 @@ int main(int argc, char** argv) {
                                 {&fired_before, &fired_while, &fired_after, &wait_freed});
   cases.exhaustive<FireAndAbandon>("fire_and_abandon", {&fire_freed, &wait_freed, &left_unfired});
   cases.exhaustive<StopOnly>("stop_only", {&stopped_after, &wait_freed});
-  cases.bounded<Stop>("stop", 3, {&fired_before, &fired_while, &fired_after, &stopped_after,
-                                  &stopped_then_fired, &fire_freed, &wait_freed, &left_unfired});
+  cases.bounded<Stop>("stop", 3,
+                      {&fired_before, &fired_while, &fired_after, &stopped_after,
+                       &stopped_then_fired, &fire_freed, &wait_freed, &left_unfired});
   cases.random<Stop>("stop_at_random", 300000,
                      {&fired_before, &fired_while, &fired_after, &stopped_after,
                       &stopped_then_fired, &fire_freed, &wait_freed, &left_unfired});

@@ -175,6 +175,29 @@ struct Stop : Suite<4>, World {
   }
 };
 
+// The only wait is stopped while the last one leaves, and then frees the gate once it is idle: a
+// leave that nobody waits for may not touch it any more.
+struct StoppedThenGoes : Suite<3>, World {
+  void before() override {
+    gate.make();
+    require(gate->try_enter() == Core::Enter::kEntered, "it is open");
+    enter();
+    gate->close();
+  }
+  void thread(unsigned self) override {
+    if (self == 1) return leave();
+    if (self == 2) {
+      if (gate->stop(waiters[0])) wakes[0].post(true);
+      return stop_returned.set();
+    }
+    if (!wait_until_idle(0, true)) {
+      stopped.take();
+      while (!gate->idle()) rl::yield(1, RL_INFO);
+    }
+    gate.destroy();
+  }
+};
+
 }  // namespace
 }  // namespace roost::model
 
@@ -182,13 +205,13 @@ int main(int argc, char** argv) {
   using namespace roost::model;
   Cases cases(argc, argv);
   cases.bounded<GoWhenIdle>("go_when_idle", 3, {&was_idle, &not_listed, &woken});
-  cases.bounded<Drain<false>>("drain", 2,
-                              {&entered, &refused, &entered_later, &was_idle, &woken});
+  cases.bounded<Drain<false>>("drain", 2, {&entered, &refused, &entered_later, &was_idle, &woken});
   cases.bounded<Stop>("stop", 2, {&was_idle, &not_listed, &woken, &woke_two, &stopped});
+  cases.bounded<StoppedThenGoes>("stopped_then_goes", 3,
+                                 {&was_idle, &not_listed, &woken, &stopped});
   cases.random<GoWhenIdle>("go_when_idle_at_random", 200000, {&was_idle, &not_listed, &woken});
-  cases.random<Drain<true>>(
-      "drain_at_random", 300000,
-      {&entered, &refused, &entered_later, &was_idle, &not_listed, &woken});
+  cases.random<Drain<true>>("drain_at_random", 300000,
+                            {&entered, &refused, &entered_later, &was_idle, &not_listed, &woken});
   cases.random<Stop>("stop_at_random", 300000,
                      {&was_idle, &not_listed, &woken, &woke_two, &stopped});
   return cases.result();

@@ -136,8 +136,15 @@ struct RelacyPlatform {
           return false;
         }
       }
-      return value_.compare_exchange(rl::bool_t<weak>(), expected, value, mapped(success),
-                                     mapped(failure), here(at));
+      // Relacy wants failure to be no more than success. An acquire fence makes up for it (and for
+      // earlier relaxed loads of the thread too, so it is a little more than what is written).
+      const bool fence =
+          success == std::memory_order_release && failure == std::memory_order_acquire;
+      const bool done =
+          value_.compare_exchange(rl::bool_t<weak>(), expected, value, mapped(success),
+                                  fence ? rl::mo_relaxed : mapped(failure), here(at));
+      if (fence && !done) rl::ctx().atomic_thread_fence_acquire();
+      return done;
     }
 
     rl::atomic<T> value_;

@@ -302,8 +302,8 @@ struct Handed : Suite<2>, World {
   void after() override { check(2); }
 };
 
-// Two with references enter it where they find it idle, one of them twice. The word may stand as before although
-// the other has run it in between.
+// Two with references enter it where they find it idle, one of them twice. The word may stand as
+// before although the other has run it in between.
 struct TwoDirectEntries : Suite<2>, World {
   unsigned entered = 0;
 
@@ -338,9 +338,8 @@ int main(int argc, char** argv) {
   cases.exhaustive<Handed>("handed", {&direct_won, &end_freed});
   cases.exhaustive<TwoDirectEntries>("two_direct_entries", {&direct_won, &direct_lost});
   cases.exhaustive<Move>("move", {&entry_ran, &end_freed});
-  cases.exhaustive<DirectEntry>("direct_entry",
-                                {&direct_won, &direct_lost, &entry_ran, &entry_was_stale,
-                                 &entry_freed, &ref_freed});
+  cases.exhaustive<DirectEntry>("direct_entry", {&direct_won, &direct_lost, &entry_ran,
+                                                 &entry_was_stale, &entry_freed, &ref_freed});
   cases.exhaustive<Listed>("listed", {&ran_listed, &rescheduled, &end_freed, &ref_freed});
   cases.exhaustive<References>("references", {&end_freed, &ref_freed});
   cases.bounded<Wait>("wait", 4, {&entry_ran, &direct_lost, &end_freed, &ref_freed});
