@@ -116,9 +116,11 @@ AioContext::AioContext(AioContextOptions options)
     : CoContext(AioContextIndex::value, options.name),
       options_(std::move(options)),
       poll_budget_(options_.poll_budget ? *options_.poll_budget : PollBudget::of_process()),
-      wake_fd_(make_wake_fd()),
-      use_io_uring_(choose_io_uring(options_.event_loop)),
-      back_end_name_(use_io_uring_ ? "io_uring" : "epoll") {
+      wake_fd_(options_.provider ? -1 : make_wake_fd()),
+      use_io_uring_(!options_.provider && choose_io_uring(options_.event_loop)),
+      back_end_name_(options_.provider ? "simulated"
+                     : use_io_uring_   ? "io_uring"
+                                       : "epoll") {
   poll_budget_.woke();
 }
 
@@ -159,6 +161,12 @@ void AioContext::close() noexcept {
   back_end_.reset();
   // A producer that found the context sleeping may still be about to write to the eventfd: the
   // descriptor, and the number behind it, stay until it has.
+  if (options_.provider) {
+    options_.provider->wait_until("the signals a context is owed",
+                                  [this] { return signals_received_ >= signals_owed_; });
+    options_.provider->context_gone();
+    return;
+  }
   while (signals_received_ < signals_owed_) {
     pollfd pfd{wake_fd_.get(), POLLIN, 0};
     ::poll(&pfd, 1, -1);
@@ -177,7 +185,9 @@ void AioContext::close() noexcept {
 
 void AioContext::make_back_end() {
   ROOST_CHECK(current() == this, "descriptors and I/O of context '{}' used outside of it", name());
-  if (use_io_uring_) {
+  if (options_.provider) {
+    back_end_ = options_.provider->make_back_end(*this);
+  } else if (use_io_uring_) {
     try {
       back_end_ = make_io_uring_back_end(*this, wake_fd_.get());
     } catch (const std::system_error&) {
@@ -215,6 +225,10 @@ bool AioContext::post(QueueEntry& entry) noexcept {
       break;
   }
   // The context counts this signal as owed and stays until it has come.
+  if (options_.provider) [[unlikely]] {
+    options_.provider->signal();
+    return true;
+  }
   const std::uint64_t one = 1;
   [[maybe_unused]] const ssize_t written = ::write(wake_fd_.get(), &one, sizeof one);
   return true;
@@ -532,6 +546,11 @@ RemoteCall::RemoteCall(std::function<void()> function)
 
 void RemoteCall::post_and_wait(AioContext& context) {
   ROOST_CHECK(context.post(*this), "call to the closed context '{}'", context.name());
+  if (BackEndProvider* const provider = context.options_.provider) {
+    provider->wait_until("a call to another context", [this] { return done_; });
+    if (exception_) std::rethrow_exception(exception_);
+    return;
+  }
   std::unique_lock lock(mutex_);
   done_changed_.wait(lock, [this] { return done_; });
   if (exception_) std::rethrow_exception(exception_);

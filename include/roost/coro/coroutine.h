@@ -65,6 +65,11 @@ class Coroutine final : public FrameAllocated {
 
   const char* name() const noexcept { return name_; }
 
+  /// What a coroutine in the wait of a primitive waits for; null in every other state. As home().
+  const char* waits_for() const noexcept {
+    return state() == CoState::kWaiting ? waits_for_ : nullptr;
+  }
+
   /// A snapshot for messages and tests.
   CoState state() const noexcept { return state_.peek().state(); }
 
