@@ -66,12 +66,14 @@ class SimulatedContext final : public BackEndProvider {
 
 /// A call stack and what it waits for.
 struct SimulatedThread {
-  SimulatedThread(std::string thread_name, std::function<void()> body)
-      : name(std::move(thread_name)), fiber(std::move(body)) {}
+  SimulatedThread(Simulation& in, std::string thread_name, std::function<void()> body)
+      : simulation(in), name(std::move(thread_name)), fiber(std::move(body)) {}
 
+  Simulation& simulation;
   const std::string name;
   Fiber fiber;
   std::int64_t stalled_until_ns = 0;  // it has lost its CPU
+  std::shared_ptr<void> lock_state;   // aio_context.cc's, for each thread
   // While it waits:
   const char* waits_for = nullptr;
   const std::function<bool()>* done = nullptr;

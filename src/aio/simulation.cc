@@ -56,8 +56,13 @@ Simulation::~Simulation() {
 // ---- Who runs
 
 SimulatedThread& Simulation::start_thread(std::string name, std::function<void()> body) {
+  const std::size_t number = threads_.size();
+  auto run = [this, number, body = std::move(body)] {
+    this_thread().simulated = threads_[number].get();
+    body();
+  };
   return *threads_.emplace_back(
-      std::make_unique<SimulatedThread>(std::move(name), std::move(body)));
+      std::make_unique<SimulatedThread>(*this, std::move(name), std::move(run)));
 }
 
 void Simulation::add_thread(std::string name, std::function<void()> body) {
@@ -242,6 +247,10 @@ void Simulation::relax() {
   thread.relaxing = true;
   give_turn(thread);
   thread.relaxing = false;
+}
+
+void Simulation::block(const char* what, const std::function<bool()>& done) {
+  wait(what, done, kNever);
 }
 
 void Simulation::wait(const char* what, const std::function<bool()>& done, std::int64_t until_ns) {

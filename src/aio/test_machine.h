@@ -50,7 +50,7 @@ class RealMachine final : public TestMachine {
   explicit RealMachine(AioContextOptions options) : options_(std::move(options)) {}
   ~RealMachine() override { join_threads(); }
 
-  std::shared_ptr<AioContext> add_context(std::string name, bool may_spin) override {
+  std::shared_ptr<AioContext> add_context(std::string name, bool may_spin = true) override {
     AioContextOptions o = options_;
     o.name = std::move(name);
     if (!may_spin) o.poll_max_ns = 0;
@@ -83,7 +83,7 @@ class SimulatedMachine final : public TestMachine {
  public:
   explicit SimulatedMachine(Simulation& simulation) noexcept : simulation_(simulation) {}
 
-  std::shared_ptr<AioContext> add_context(std::string name, bool /*may_spin*/) override {
+  std::shared_ptr<AioContext> add_context(std::string name, bool /*may_spin*/ = true) override {
     return simulation_.make_context(std::move(name));
   }
 
@@ -101,7 +101,7 @@ class SimulatedMachine final : public TestMachine {
   }
   void relax() override { simulation_.relax(); }
   void interrupt() override { simulation_.interrupt(); }
-  void note(const char* what, std::uint64_t a, std::uint64_t b) override {
+  void note(const char* what, std::uint64_t a = 0, std::uint64_t b = 0) override {
     simulation_.note(what, a, b);
   }
 

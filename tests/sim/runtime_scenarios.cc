@@ -200,7 +200,7 @@ void nested_polls(Simulation& simulation, SimulatedMachine& machine, Counters& c
     schedule_oneshot(*a, [&] {
       const auto answers = std::make_shared<int>(0);
       idler.schedule_idle();
-      schedule_oneshot(*b, [&a, answers] {
+      schedule_oneshot(*b, [a = a.get(), answers] {
         for (int n = 0; n < 3; ++n) schedule_oneshot(*a, [answers] { ++*answers; });
       });
       while (*answers < 3) a->poll(true);

@@ -112,6 +112,10 @@ class Simulation {
   /// Gives others their turn: for loops of simulated threads that wait for another thread.
   void relax();
 
+  /// Blocks the calling simulated thread until `done()`, for primitives that would block a real
+  /// one; `what` is what the report says of it. From outside of the simulation it drives it.
+  void block(const char* what, const std::function<bool()>& done);
+
   /// Others get their turn now, if the seed says so. For code under test that is to be interrupted.
   void interrupt();
 
