@@ -426,17 +426,23 @@ inline bool AioContext::iterate(ThreadState& thread, bool blocking) {
   if (batch_.empty()) take_stream();
   if (holds_ != Lock::kHeld || lock_.wanted()) [[unlikely]]
     begin_iteration(blocking);
+  bool idle_wanted = false;
   bool progress = dispatch_entries(thread);
   if (!progress || entries_since_io_ >= kMaxEntriesBeforeIo) {
     const bool more = !batch_.empty() || !added_.empty() || !idle_due_.empty();
     progress |= serve_io(blocking && !progress && !more && !notified_);
     if (!progress) {
       take_inbox();
+      const bool before = std::exchange(notified_, false);
       progress = dispatch_entries(thread);
+      // An idle bottom half that was scheduled after all came with a notify(), but the idle ones
+      // have had their turn already: the next iteration must not wait before theirs.
+      idle_wanted = notified_ && !idle_.empty();
+      notified_ |= before;
     }
   }
   // A blocking poll that returns has heeded the notify() that it met, if any.
-  if (blocking) notified_ = false;
+  if (blocking) notified_ = idle_wanted;
   return progress;
 }
 

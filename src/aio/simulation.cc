@@ -224,7 +224,8 @@ bool Simulation::turn() {
 
 void Simulation::run_until(const std::function<bool()>& done) {
   for (const std::uint64_t end = turns_ + options_.max_turns; !done();) {
-    if (!turn()) give_up("nothing can happen any more");
+    // Its last event may have been what was waited for.
+    if (!turn() && !done()) give_up("nothing can happen any more");
     if (turns_ > end) give_up("it does not come to an end");
   }
 }

@@ -287,6 +287,7 @@ int run_in_two_processes(const Options& options) {
 // ---- One seed, in this process
 
 int replay(const Options& options) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // whatever ends it
   for (const Scenario& scenario : all_scenarios()) {
     if (!options.scenario.empty() && options.scenario != scenario.name) continue;
     std::printf("scenario %s, seed %lu\n", scenario.name, options.first);
