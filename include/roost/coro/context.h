@@ -15,6 +15,7 @@ namespace roost {
 
 class Coroutine;
 struct Driver;
+struct SimulatedThread;
 
 class CoContext {
  public:
@@ -55,6 +56,8 @@ class CoContext {
 
 /// What the runtime knows about the calling thread.
 struct ThreadState {
+  // Null on a real thread. A simulated one has more that is its own and not its thread's.
+  SimulatedThread* simulated = nullptr;
   CoContext* context = nullptr;  // the context being polled, or scoped, by this thread
   Driver* driver = nullptr;      // the innermost driver loop on this thread's stack
   Coroutine* self = nullptr;     // what that loop is resuming now

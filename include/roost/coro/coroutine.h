@@ -68,6 +68,11 @@ class Coroutine final {
 
   const char* name() const noexcept { return name_.load(std::memory_order_relaxed); }
 
+  /// What a coroutine in the wait of a primitive waits for; null in every other state. As home().
+  const char* waits_for() const noexcept {
+    return state() == CoState::kWaiting ? waits_for_.load(std::memory_order_relaxed) : nullptr;
+  }
+
   /// A snapshot for messages and tests.
   CoState state() const noexcept { return state_.peek().state(); }
 
