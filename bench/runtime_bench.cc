@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: MIT
 //
-// What hopping, waking, yielding, spawning and awaiting cost in roost. runtime_bench_asio has the
-// same cases under the same names; runtime_harness.h says how they are timed, bench/compare sets
-// them side by side. Everything runs with the default options of an IOThread.
+// What hopping, waking, yielding, spawning, awaiting and cancelling cost in roost.
+// runtime_bench_asio has the same cases under the same names; runtime_harness.h says how they are
+// timed, bench/compare sets them side by side. Everything runs with the default options of an
+// IOThread.
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <memory>
+#include <optional>
+#include <stop_token>
 #include <vector>
 
 #include "roost/aio/aio_context.h"
 #include "roost/aio/iothread.h"
+#include "roost/aio/timer.h"
 #include "roost/coro/coroutine.h"
 #include "roost/coro/task.h"
 #include "runtime_harness.h"
@@ -177,6 +182,38 @@ void await_child(benchmark::State& state) {
   crew.measure(state, 1);
 }
 BENCHMARK(await_child)->UseManualTime();
+
+constexpr std::int64_t kFarAwayNs = 3'600'000'000'000;
+
+// Each wait has a stop of its own, as a request with a deadline has.
+Task<> waiter(Crew& crew, std::optional<std::stop_source>& stop) {
+  bench::Counter& waits = crew.counter(0);
+  while (crew.running()) {
+    stop.emplace();
+    const roost::Result<void> slept = co_await roost::sleep_for(kFarAwayNs, stop->get_token());
+    if (!slept) waits.add();
+  }
+  stop.reset();
+  crew.ended();
+}
+
+Task<> stopper(Crew& crew, AioContext& context, std::optional<std::stop_source>& stop) {
+  while (stop) {
+    stop->request_stop();
+    co_await move_to(context);
+  }
+  crew.ended();
+}
+
+void cancel(benchmark::State& state) {
+  Crew crew(2);
+  Loop loop;
+  std::optional<std::stop_source> stop;
+  spawn(loop.context(), waiter(crew, stop));
+  spawn(loop.context(), stopper(crew, loop.context(), stop));
+  crew.measure(state, 1);
+}
+BENCHMARK(cancel)->UseManualTime();
 
 }  // namespace
 

@@ -278,6 +278,13 @@ class IoUringBackEnd final : public BackEnd {
       request.tried = true;
       put_into_ring(request);
       return false;
+    } else if (result == -EAGAIN && request.op == IoRequest::Op::kAccept) {
+      // Some kernels take a non-blocking socket at its word.
+      request.stage = kPolledInRing;
+      io_uring_sqe* sqe = next_sqe();
+      io_uring_prep_poll_add(sqe, request.fd, POLLIN);
+      io_uring_sqe_set_data64(sqe, reinterpret_cast<std::uint64_t>(&request) | kRequest);
+      return false;
     }
     request.result = result;
     requests_.end(request);

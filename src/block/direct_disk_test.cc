@@ -158,6 +158,14 @@ class DirectDisk : public testing::TestWithParam<Way> {
   std::optional<ContextScope> scope_;
 };
 
+std::string way_name(const testing::TestParamInfo<Way>& info) {
+  const auto [loop, file_io] = info.param;
+  const std::string by = file_io == FileIo::kLinuxAio ? "LinuxAio"
+                         : file_io == FileIo::kPool   ? "Pool"
+                                                      : "Ring";
+  return by + (loop == EventLoop::kEpoll ? "UnderEpoll" : "UnderIoUring");
+}
+
 INSTANTIATE_TEST_SUITE_P(Ways, DirectDisk,
                          testing::Values(Way{EventLoop::kEpoll, FileIo::kLinuxAio},
                                          Way{EventLoop::kEpoll, FileIo::kPool},
