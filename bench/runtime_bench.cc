@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <stop_token>
+#include <thread>
 #include <vector>
 
 #include "roost/aio/aio_context.h"
@@ -214,6 +215,29 @@ void cancel(benchmark::State& state) {
   crew.measure(state, 1);
 }
 BENCHMARK(cancel)->UseManualTime();
+
+Task<> busy(Crew& crew, AioContext& context) {
+  while (crew.running()) co_await move_to(context);
+  crew.ended();
+}
+
+// A control thread takes and leaves the lock of a context that sleeps, or that is never idle.
+void acquire(benchmark::State& state) {
+  const int coroutines = static_cast<int>(state.range(0));
+  Crew crew(1 + coroutines);
+  Loop loop;
+  for (int i = 0; i < coroutines; ++i) spawn(loop.context(), busy(crew, loop.context()));
+  std::jthread control([&] {
+    bench::Counter& acquired = crew.counter(0);
+    while (crew.running()) {
+      const roost::ContextGuard guard(loop.context());
+      acquired.add();
+    }
+    crew.ended();
+  });
+  crew.measure(state, 1);
+}
+BENCHMARK(acquire)->ArgName("busy")->Arg(0)->Arg(1)->UseManualTime();
 
 }  // namespace
 

@@ -26,6 +26,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <semaphore>
 #include <string_view>
 #include <thread>
 #include <vector>
@@ -283,6 +284,34 @@ void cancel(benchmark::State& state) {
   crew.measure(state, 1);
 }
 BENCHMARK(cancel)->UseManualTime();
+
+Awaitable<> busy(Crew& crew) {
+  while (crew.running()) co_await asio::post(asio::deferred);
+  crew.ended();
+}
+
+// Nothing keeps an io_context from dispatching; who wants to touch what its handlers touch, from
+// another thread and synchronously, posts a function and waits until it has run.
+void acquire(benchmark::State& state) {
+  const int coroutines = static_cast<int>(state.range(0));
+  Crew crew(1 + coroutines);
+  std::binary_semaphore done(0);
+  Loop loop;
+  for (int i = 0; i < coroutines; ++i) {
+    asio::co_spawn(loop.executor(), busy(crew), asio::detached);
+  }
+  std::jthread control([&] {
+    bench::Counter& acquired = crew.counter(0);
+    while (crew.running()) {
+      asio::post(loop.executor(), [&] { done.release(); });
+      done.acquire();
+      acquired.add();
+    }
+    crew.ended();
+  });
+  crew.measure(state, 1);
+}
+BENCHMARK(acquire)->ArgName("busy")->Arg(0)->Arg(1)->UseManualTime();
 
 }  // namespace
 

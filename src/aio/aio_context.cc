@@ -138,6 +138,8 @@ AioContext::~AioContext() {
 }
 
 void AioContext::close() noexcept {
+  ROOST_CHECK(polls_ == 0, "context '{}' destroyed while it is polled", name());
+  ROOST_CHECK(lock_.is_free(), "context '{}' destroyed while its lock is held", name());
   // Nobody gets in from here on; what was queued is judged below.
   const auto last = inbox_.close();
   added_.append(last.oldest, last.newest);
@@ -147,7 +149,7 @@ void AioContext::close() noexcept {
   while (QueueEntry* entry = batch_.pop()) {
     if (entry->kind == QueueEntry::Kind::kCoroutine) {
       auto& co_entry = static_cast<CoroutineEntry&>(*entry);
-      const char* co_name = co_entry.co->name();
+      const char* co_name = co_entry.coroutine().name();
       ROOST_CHECK(!drop_entry(co_entry), "context '{}' destroyed while coroutine '{}' is scheduled",
                   name(), co_name);
     } else if (entry != &notify_entry_) {
@@ -251,11 +253,153 @@ void AioContext::blocking_call_check(const char* what) const {
   }
 }
 
+// ---- The context lock
+
+namespace {
+
+// What a thread has to do with context locks. Its address is the thread's id.
+struct LockState {
+  AioContext* dispatching = nullptr;  // the context of the innermost poll on this thread's stack
+  std::vector<AioContext*> acquired;
+
+  ~LockState() {
+    ROOST_CHECK(acquired.empty(), "a thread ended with context '{}' acquired",
+                acquired.front()->name());
+  }
+};
+
+// Never inlined: as this_thread().
+[[gnu::noinline]] LockState& lock_state() noexcept {
+  thread_local LockState state;
+  return state;
+}
+
+std::uint64_t id_of(const LockState& state) noexcept {
+  return reinterpret_cast<std::uint64_t>(&state);
+}
+
+}  // namespace
+
+// One poll on the stack. The outermost takes the lock as soon as there is something to dispatch,
+// and gives up what it holds when it returns.
+class AioContext::PollScope {
+ public:
+  explicit PollScope(AioContext& context)
+      : context_(context),
+        thread_(lock_state()),
+        outer_(std::exchange(thread_.dispatching, &context)),
+        acquired_before_(context.callbacks_acquired_) {
+    if (context_.polls_++ > 0) return;
+    if (context_.lock_.owned_by(id_of(thread_))) context_.holds_ = Lock::kAcquired;
+  }
+
+  ~PollScope() {
+    thread_.dispatching = outer_;
+    ROOST_CHECK(context_.callbacks_acquired_ == acquired_before_,
+                "a callback of context '{}' returned without releasing it", context_.name());
+    if (--context_.polls_ > 0) return;
+    if (context_.holds_ == Lock::kHeld && context_.give_up_lock()) {
+      ++context_.statistics_.lock_passed_idle;
+    }
+    context_.holds_ = Lock::kNo;
+  }
+
+  PollScope(const PollScope&) = delete;
+  PollScope& operator=(const PollScope&) = delete;
+
+ private:
+  AioContext& context_;
+  LockState& thread_;
+  AioContext* const outer_;
+  const unsigned acquired_before_;
+};
+
+void AioContext::acquire() {
+  ThreadState& thread = this_thread();
+  if (thread.driver) [[unlikely]] {
+    const Coroutine* co = Coroutine::self();
+    panicf("acquire of context '{}' inside coroutine '{}'", name(), co ? co->name() : "?");
+  }
+  LockState& me = lock_state();
+  if (me.dispatching == this) {
+    ++callbacks_acquired_;
+    return;
+  }
+  ROOST_CHECK(!me.dispatching, "acquire of context '{}' in a callback of context '{}'", name(),
+              me.dispatching->name());
+  if (lock_.acquire(id_of(me))) me.acquired.push_back(this);
+}
+
+void AioContext::release() {
+  ThreadState& thread = this_thread();
+  if (thread.driver) [[unlikely]] {
+    const Coroutine* co = Coroutine::self();
+    panicf("release of context '{}' inside coroutine '{}'", name(), co ? co->name() : "?");
+  }
+  LockState& me = lock_state();
+  if (me.dispatching == this) {
+    ROOST_CHECK(callbacks_acquired_ > 0,
+                "release of context '{}' by a callback that has not acquired it", name());
+    --callbacks_acquired_;
+    return;
+  }
+  ROOST_CHECK(lock_.owned_by(id_of(me)),
+              "release of context '{}' by a thread that has not acquired it", name());
+  if (lock_.release()) std::erase(me.acquired, this);
+}
+
+bool AioContext::acquired_here() const noexcept {
+  const LockState& me = lock_state();
+  return me.dispatching == this || lock_.owned_by(id_of(me));
+}
+
+// The home takes the lock, behind those who wait for it.
+void AioContext::take_lock() noexcept {
+  if (!lock_.try_lock()) {
+    ++statistics_.lock_waits;
+    // Here too this thread leaves its CPU to others.
+    poll_budget_.sleeps();
+    lock_.lock();
+    poll_budget_.woke();
+  }
+  holds_ = Lock::kHeld;
+}
+
+void AioContext::check_callbacks_released() const noexcept {
+  ROOST_CHECK(callbacks_acquired_ == 0, "a callback of context '{}' returned without releasing it",
+              name());
+}
+
+// The outermost poll gives it up, between two callbacks; true if somebody had waited for it.
+bool AioContext::give_up_lock() noexcept {
+  check_callbacks_released();
+  holds_ = Lock::kNo;
+  return lock_.unlock();
+}
+
+void AioContext::let_others_have_lock() noexcept {
+  if (polls_ > 1) return;
+  check_callbacks_released();
+  poll_budget_.sleeps();
+  if (lock_.let_others()) ++statistics_.lock_passed_busy;
+  poll_budget_.woke();
+}
+
+// Off the fast path of iterate(): the lock is not held, or somebody wants it.
+void AioContext::begin_iteration(bool blocking) {
+  if (holds_ == Lock::kHeld) {
+    let_others_have_lock();
+  } else if (holds_ == Lock::kNo && !(blocking && batch_.empty() && added_.empty())) {
+    take_lock();
+  }
+}
+
 // ---- One iteration
 
 bool AioContext::poll(bool blocking) {
   ThreadState& thread = this_thread();
   if (blocking && thread.driver) blocking_call_check("a blocking poll");
+  const PollScope polling(*this);
   if (thread.context == this) return iterate(thread, blocking);
   ContextScope scope(*this);
   return iterate(thread, blocking);
@@ -265,12 +409,15 @@ void AioContext::poll_until(const bool& stop) {
   ThreadState& thread = this_thread();
   blocking_call_check("a blocking poll");
   ROOST_CHECK(thread.context == this, "context '{}' is not current", name());
+  const PollScope polling(*this);
   while (!stop) iterate(thread, true);
 }
 
 inline bool AioContext::iterate(ThreadState& thread, bool blocking) {
   // While there is a rest of what was taken before, it comes first.
   if (batch_.empty()) take_stream();
+  if (holds_ != Lock::kHeld || lock_.wanted()) [[unlikely]]
+    begin_iteration(blocking);
   bool progress = dispatch_entries(thread);
   if (!progress || entries_since_io_ >= kMaxEntriesBeforeIo) {
     const bool more = !batch_.empty() || !added_.empty() || !idle_due_.empty();
@@ -347,6 +494,7 @@ bool AioContext::serve_io(bool may_block) {
   idle_due_.append(idle_);
   bool progress = wait(may_block ? wait_limit_ns() : 0);
   last_io_ns_ = clock().now_ns();
+  tick_ = tick_of(last_io_ns_);
   entries_since_io_ = 0;
   if (!timers_.empty()) progress |= timers_.run_due(last_io_ns_);
   run_idle();
@@ -366,33 +514,41 @@ std::int64_t AioContext::wait_limit_ns() const noexcept {
 
 bool AioContext::wait(std::int64_t timeout_ns) {
   BackEnd& io = back_end();
-  if (timeout_ns == 0) return io.poll(0);
+  if (timeout_ns == 0) return poll_now();
 
   const std::int64_t start = clock().now_ns();
   if (spin_ns_ > 0 && poll_budget_.may_spin()) {
     const std::int64_t limit = timeout_ns < 0 ? spin_ns_ : std::min(spin_ns_, timeout_ns);
     io.flush();
+    if (poll_hooks_ > 0 && holds_ == Lock::kNo) take_lock();
     if (spin(limit)) {
       ++statistics_.spins_paid;
       if (spin_penalty_ > 0) --spin_penalty_;
       const bool hooked = call_poll_hooks();
-      return io.poll(0) || hooked;
+      return poll_now() || hooked;
     }
     ++statistics_.spins_in_vain;
     if (timeout_ns > 0) {
       timeout_ns = std::max<std::int64_t>(0, timeout_ns - (clock().now_ns() - start));
-      if (timeout_ns == 0) return io.poll(0);
+      if (timeout_ns == 0) return poll_now();
     }
   }
 
-  if (!inbox_.try_sleep()) return io.poll(0);
+  if (!inbox_.try_sleep()) return poll_now();
   ++statistics_.sleeps;
   poll_budget_.sleeps();
   wait_began_ns_ = start;
   asleep_ = true;
+  // A nested wait has a callback below it, and keeps the lock.
+  if (polls_ == 1 && holds_ == Lock::kHeld && give_up_lock()) ++statistics_.lock_passed_idle;
   const bool progress = io.poll(timeout_ns);
   wait_ended();
   return progress;
+}
+
+bool AioContext::poll_now() {
+  if (holds_ == Lock::kNo) take_lock();
+  return back_end_->poll(0);
 }
 
 void AioContext::wake_up() noexcept {
@@ -400,6 +556,7 @@ void AioContext::wake_up() noexcept {
   poll_budget_.woke();
   if (inbox_.wake_up()) ++signals_owed_;
   adapt_spinning(clock().now_ns() - wait_began_ns_);
+  if (holds_ == Lock::kNo) take_lock();
 }
 
 // Busy-waits; true as soon as there is something to do.
@@ -411,6 +568,7 @@ bool AioContext::spin(std::int64_t limit_ns) {
       if (inbox_.has_entries() || back_end_->ready()) return true;
       RealPlatform::cpu_relax();
     }
+    if (holds_ == Lock::kHeld && lock_.wanted()) let_others_have_lock();
     if (poll_hooks_ > 0) {
       for (auto& [fd, watch] : watches_) {
         if (watch->handler->poll && watch->handler->poll()) return true;
@@ -542,6 +700,9 @@ RemoteCall::RemoteCall(std::function<void()> function)
     : CallbackEntry(&execute), function_(std::move(function)) {}
 
 void RemoteCall::post_and_wait(AioContext& context) {
+  ROOST_CHECK(!context.acquired_here(),
+              "a call to context '{}' by the thread that has acquired it would wait for ever",
+              context.name());
   ROOST_CHECK(context.post(*this), "call to the closed context '{}'", context.name());
   std::unique_lock lock(mutex_);
   done_changed_.wait(lock, [this] { return done_; });

@@ -51,7 +51,11 @@ void IOThread::join() {
   if (Coroutine* co = Coroutine::self()) {
     panicf("join of thread '{}' would block inside coroutine '{}'", context_->name(), co->name());
   }
-  if (thread_.joinable()) thread_.join();
+  if (!thread_.joinable()) return;
+  ROOST_CHECK(!context_->acquired_here(),
+              "join of thread '{}' by the thread that has acquired its context would wait for ever",
+              context_->name());
+  thread_.join();
 }
 
 }  // namespace roost

@@ -34,6 +34,8 @@ const char* to_string(CoState state) noexcept {
       return "about to be woken";
     case CoState::kEnded:
       return "ended";
+    case CoState::kInspected:
+      return "being looked at";
   }
   return "in an unknown state";
 }
@@ -105,7 +107,9 @@ struct Driver {
     auto root = Task<void>::Handle::from_address(co.root_.address());
     if (root.promise().exception) abandon_with_exception(co, root.promise().exception);
     root.destroy();
-    if (co.state_.end()) delete &co;
+    if (co.locks() != 0) [[unlikely]]
+      panicf("coroutine '{}' ended with {} of its coroutine locks held", co.name(), co.locks());
+    if (co.state_.end()) Coroutine::release_block(co);
   }
 
   [[noreturn, gnu::cold]] static void abandon_with_exception(Coroutine& co,
@@ -117,7 +121,7 @@ struct Driver {
       what = e.what();
     } catch (...) {
     }
-    panicf("coroutine '{}' ended with an exception: {}", co.name_, what);
+    panicf("coroutine '{}' ended with an exception: {}", co.name(), what);
   }
 
   ThreadState& thread;
@@ -128,31 +132,41 @@ struct Driver {
   Coroutine* wake_tail = nullptr;
 };
 
-Coroutine::Coroutine(std::coroutine_handle<> root, CoContext* home) noexcept
-    : state_(home ? home->index() : 0),
-      entry_(*this, true),
-      root_(root),
-      placed_at_(Place{}),
-      home_(home),
-      suspended_at_(root),
-      name_("") {}
+void Coroutine::construct_block(void* block) noexcept { ::new (block) Coroutine(); }
 
-Coroutine* Coroutine::create(Task<void> task, const char* name) {
+Coroutine* Coroutine::create(Task<void> task, const char* name, Place place) {
   // Memory first: if there is none, the task still owns its frame.
-  void* const memory = operator new(sizeof(Coroutine));
+  auto* const co = static_cast<Coroutine*>(allocate_control_block(&construct_block));
   auto root = task.release();
   ROOST_CHECK(root, "coroutine '{}' made of a task that was moved from", name);
-  auto* co = ::new (memory) Coroutine(root, this_thread().context);
-  co->name_ = name;
+  CoContext* const home = this_thread().context;
+  constexpr auto relaxed = std::memory_order_relaxed;
+  co->state_.begin(home ? home->index() : 0);
+  co->root_ = root;
+  co->suspended_at_ = root;
+  co->placed_at_.store(Place{}, relaxed);
+  co->home_.store(home, relaxed);
+  co->waits_for_.store(nullptr, relaxed);
+  co->awaits_at_.store(Place{}, relaxed);
+  co->created_at_.store(place, relaxed);
+  co->since_.store(home ? home->tick() : 0, relaxed);
+  // Release: a census that sees the name sees all of the above.
+  co->name_.store(name, std::memory_order_release);
   root.promise().co = co;
   return co;
+}
+
+void Coroutine::release_block(Coroutine& co) noexcept {
+  // Free, for the census. Relaxed: the state of the block's next coroutine is published after it.
+  co.name_.store(nullptr, std::memory_order_relaxed);
+  free_control_block(&co);
 }
 
 void Coroutine::destroy(Coroutine* co, Place place) {
   const auto claim = co->state_.claim_suspended(0, false);
   if (!claim.won) co->misuse("destroy", place, claim.seen);
   co->root_.destroy();
-  if (co->state_.end()) delete co;
+  if (co->state_.end()) release_block(*co);
 }
 
 Coroutine* Coroutine::self() noexcept {
@@ -160,10 +174,16 @@ Coroutine* Coroutine::self() noexcept {
   return driver ? driver->self : nullptr;
 }
 
+bool Coroutine::runs_on_this_thread() const noexcept {
+  const Driver* driver = this_thread().driver;
+  while (driver && driver->self != this) driver = driver->outer;
+  return driver;
+}
+
 void Coroutine::enter(Place place) {
   ThreadState& thread = this_thread();
   CoContext* context = thread.context;
-  ROOST_CHECK(context, "enter of coroutine '{}' at {} outside of any context", name_,
+  ROOST_CHECK(context, "enter of coroutine '{}' at {} outside of any context", name(),
               describe(place));
   const auto claim = state_.claim_direct(context->index());
   if (!claim.won) misuse("enter", place, claim.seen);
@@ -173,14 +193,14 @@ void Coroutine::enter(Place place) {
 
 void Coroutine::misuse(const char* what, Place place, CoStateValue seen) const {
   if (seen.entries() == CoStateValue::kMaxEntries) {
-    panicf("{} of coroutine '{}' ({}) at {}: {} queue entries of it are outstanding", what, name_,
+    panicf("{} of coroutine '{}' ({}) at {}: {} queue entries of it are outstanding", what, name(),
            fmt::ptr(this), describe(place), seen.entries());
   }
   const bool in_wait = seen.state() == CoState::kWaiting || seen.owned();
-  panicf("{} of coroutine '{}' ({}) at {}: it is {}{}{}, on context {}, by {}", what, name_,
-         fmt::ptr(this), describe(place), to_string(seen.state()),
-         in_wait && waits_for_ ? " for " : "", in_wait && waits_for_ ? waits_for_ : "",
-         seen.context(), describe(placed_at_.load(std::memory_order_relaxed)));
+  const char* const wait = in_wait ? waits_for_.load(std::memory_order_relaxed) : nullptr;
+  panicf("{} of coroutine '{}' ({}) at {}: it is {}{}{}, on context {}, by {}", what, name(),
+         fmt::ptr(this), describe(place), to_string(seen.state()), wait ? " for " : "",
+         wait ? wait : "", seen.context(), describe(placed_at_.load(std::memory_order_relaxed)));
 }
 
 // The schedule is won: from here to the post, the outstanding entry keeps the block alive although
@@ -191,13 +211,13 @@ void Coroutine::post_schedule(CoContext& context, ThreadState& thread,
   placed_at_.store(place, std::memory_order_relaxed);
   CoroutineEntry* entry = schedule.embedded ? &entry_ : nullptr;
   if (!entry) {
-    entry = ::new (allocate_frame(sizeof(CoroutineEntry))) CoroutineEntry(*this, false);
+    entry = ::new (allocate_frame(sizeof(SpareEntry))) SpareEntry(*this);
   }
   entry->generation = schedule.generation;
   if (thread.context == &context) {
     context.post_here(*entry);
   } else if (!context.post(*entry)) [[unlikely]] {
-    panicf("coroutine '{}' scheduled on the closed context '{}' by {}", name_, context.name(),
+    panicf("coroutine '{}' scheduled on the closed context '{}' by {}", name(), context.name(),
            describe(place));
   }
 }
@@ -205,6 +225,7 @@ void Coroutine::post_schedule(CoContext& context, ThreadState& thread,
 [[gnu::flatten]] void Coroutine::finish_move(Coroutine& co, ThreadState& thread,
                                              const void* awaiter) noexcept {
   const MoveAwaiter move = *static_cast<const MoveAwaiter*>(awaiter);
+  co.stamp(thread);
   const auto schedule = co.state_.suspend_scheduled(move.to_->index());
   if (!schedule.won) [[unlikely]]
     co.misuse("move", move.place_, schedule.seen);
@@ -222,7 +243,7 @@ void Coroutine::wake(Coroutine& co, bool owner, Place place) {
   const char* const what = owner ? "wake-up of the waiting" : "co_wake";
   // The caller owns the next wake-up, so the coroutine does not run and its home does not change.
   CoContext* home = co.home();
-  ROOST_CHECK(home, "{} of coroutine '{}' at {}: it has no home yet", what, co.name_,
+  ROOST_CHECK(home, "{} of coroutine '{}' at {}: it has no home yet", what, co.name(),
               describe(place));
   ThreadState& thread = this_thread();
   if (thread.context != home) {
@@ -254,8 +275,8 @@ namespace {
 // What an entry says, read before the claim: an embedded entry may be used again at once after it.
 struct EntryCopy {
   explicit EntryCopy(CoroutineEntry& entry) noexcept
-      : co(*entry.co), generation(entry.generation), embedded(entry.embedded) {
-    if (!embedded) free_frame(&entry, sizeof(CoroutineEntry));
+      : co(entry.coroutine()), generation(entry.generation), embedded(entry.embedded) {
+    if (!embedded) free_frame(&entry, sizeof(SpareEntry));
   }
   Coroutine& co;
   std::uint32_t generation;
@@ -276,7 +297,7 @@ struct EntryCopy {
     case Outcome::kStale:
       return false;
     case Outcome::kFreeBlock:
-      delete &copy.co;
+      Coroutine::release_block(copy.co);
       return false;
   }
   return false;
@@ -284,9 +305,10 @@ struct EntryCopy {
 
 void prefetch_entry(const CoroutineEntry& entry) noexcept {
   // The driver's part of the block, behind what the scheduler touched.
-  __builtin_prefetch(&entry.co->next_);
+  const Coroutine& co = entry.coroutine();
+  __builtin_prefetch(&co.next_);
   // The root frame is most often the one that goes on, and its address never changes.
-  const auto* frame = static_cast<const char*>(entry.co->root_.address());
+  const auto* frame = static_cast<const char*>(co.root_.address());
   __builtin_prefetch(frame);
   __builtin_prefetch(frame + 64);
 }
@@ -295,28 +317,28 @@ bool drop_entry(CoroutineEntry& entry) noexcept {
   const EntryCopy copy(entry);
   const CoStateValue seen = copy.co.state_.peek();
   if (seen.state() == CoState::kScheduled && seen.generation() == copy.generation) return true;
-  if (copy.co.state_.drop_entry(copy.embedded)) delete &copy.co;
+  if (copy.co.state_.drop_entry(copy.embedded)) Coroutine::release_block(copy.co);
   return false;
 }
 
 CoroutineRef::CoroutineRef(Coroutine& co) : co_(&co) {
-  ROOST_CHECK(co.state_.add_ref(), "too many references to coroutine '{}'", co.name_);
+  ROOST_CHECK(co.state_.add_ref(), "too many references to coroutine '{}'", co.name());
 }
 
 CoroutineRef::CoroutineRef(const CoroutineRef& other) : co_(other.co_) {
   if (co_) {
-    ROOST_CHECK(co_->state_.add_ref(), "too many references to coroutine '{}'", co_->name_);
+    ROOST_CHECK(co_->state_.add_ref(), "too many references to coroutine '{}'", co_->name());
   }
 }
 
 CoroutineRef::~CoroutineRef() {
-  if (co_ && co_->state_.drop_ref()) delete co_;
+  if (co_ && co_->state_.drop_ref()) Coroutine::release_block(*co_);
 }
 
 bool CoroutineRef::try_enter(Coroutine::Place place) {
   ThreadState& thread = this_thread();
   CoContext* context = thread.context;
-  ROOST_CHECK(context, "try_enter of coroutine '{}' at {} outside of any context", co_->name_,
+  ROOST_CHECK(context, "try_enter of coroutine '{}' at {} outside of any context", co_->name(),
               describe(place));
   if (!co_->state_.claim_direct(context->index()).won) return false;
   co_->placed_at_.store(place, std::memory_order_relaxed);

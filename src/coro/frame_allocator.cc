@@ -12,10 +12,14 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <new>
+#include <set>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
+#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #define ROOST_CACHE_FRAMES 0
@@ -35,7 +39,10 @@ namespace roost {
 namespace {
 
 constexpr std::size_t kGranule = 16;
-constexpr std::size_t kClasses = kLargestCachedFrame / kGranule;
+// By size; and after those, one for control blocks, so that its chunks hold nothing else.
+constexpr std::size_t kSizeClasses = kLargestCachedFrame / kGranule;
+constexpr std::size_t kControlBlocks = kSizeClasses;
+constexpr std::size_t kClasses = kSizeClasses + 1;
 constexpr std::size_t kChunkBytes = 64 << 10;
 constexpr std::size_t kChunkHeader = 64;
 constexpr std::size_t kRegionBytes = 2 << 20;
@@ -43,7 +50,9 @@ constexpr std::size_t kSpareRegions = 4;
 
 // Size 0 lands beyond every class.
 constexpr std::size_t size_class(std::size_t size) { return (size - 1) / kGranule; }
-constexpr std::size_t block_size(std::size_t index) { return (index + 1) * kGranule; }
+constexpr std::size_t block_size(std::size_t index) {
+  return index == kControlBlocks ? kControlBlockBytes : (index + 1) * kGranule;
+}
 
 // Blocks of one class that move between a thread and the depot at a time; a thread keeps two such
 // batches at most.
@@ -54,6 +63,9 @@ constexpr std::uint32_t batch_size(std::size_t index) {
 struct FreeBlock {
   FreeBlock* next;
 };
+
+// What to do with a block before its first use; null: nothing.
+using Construct = void (*)(void* block) noexcept;
 
 // A chunk of blocks of one size; its address is a multiple of its size, so a block finds it.
 // Guarded by the depot's mutex.
@@ -166,7 +178,8 @@ ChunkSource& chunk_source() {
 class Depot {
  public:
   /// A list of at most `wanted` blocks, at least one. Throws std::bad_alloc.
-  FreeBlock* take(std::size_t index, std::uint32_t wanted, std::uint32_t& got) {
+  FreeBlock* take(std::size_t index, std::uint32_t wanted, std::uint32_t& got,
+                  Construct construct) {
     std::lock_guard lock(mutex_);
     FreeBlock* list = nullptr;
     got = 0;
@@ -183,6 +196,7 @@ class Depot {
       } else {
         block = reinterpret_cast<FreeBlock*>(reinterpret_cast<char*>(&chunk) + kChunkHeader +
                                              chunk.carved++ * block_size(index));
+        if (construct) construct(block);
       }
       if (!chunk.free && chunk.carved == chunk.capacity) unlist(chunk);
       block->next = list;
@@ -202,15 +216,35 @@ class Depot {
       chunk.free = block;
       if (!chunk.listed) enlist(chunk);
       // All home: it goes, unless it is the only one that has something to give.
-      if (++chunk.free_count == chunk.carved && (chunk.previous || chunk.next)) {
+      if (++chunk.free_count == chunk.carved && (chunk.previous || chunk.next) && visitors_ == 0) {
         unlist(chunk);
+        if (chunks_) chunks_->erase(&chunk);
         chunk_source().give_back(&chunk);
       }
     }
   }
 
+  /// For the depot of control blocks, which remembers its chunks.
+  void visit_blocks(std::size_t index, void (*visit)(void*, void*), void* argument) {
+    std::vector<std::pair<char*, std::size_t>> blocks;  // of each chunk: the first, and how many
+    {
+      std::lock_guard lock(mutex_);
+      if (!chunks_) return;
+      for (Chunk* chunk : *chunks_) {
+        blocks.emplace_back(reinterpret_cast<char*>(chunk) + kChunkHeader, chunk->carved);
+      }
+      ++visitors_;
+    }
+    for (const auto& [first, count] : blocks) {
+      for (std::size_t i = 0; i < count; ++i) visit(first + i * block_size(index), argument);
+    }
+    std::lock_guard lock(mutex_);
+    --visitors_;
+  }
+
  private:
   void add_chunk(std::size_t index) {
+    if (index == kControlBlocks && !chunks_) chunks_ = std::make_unique<std::set<Chunk*>>();
     void* memory = chunk_source().take();
     const auto capacity =
         static_cast<std::uint32_t>((kChunkBytes - kChunkHeader) / block_size(index));
@@ -221,6 +255,7 @@ class Depot {
                                  .carved = 0,
                                  .capacity = capacity,
                                  .listed = false});
+    if (chunks_) chunks_->insert(available_);
   }
 
   void enlist(Chunk& chunk) noexcept {
@@ -238,8 +273,10 @@ class Depot {
     chunk.previous = chunk.next = nullptr;
   }
 
-  std::mutex mutex_;
-  Chunk* available_ = nullptr;  // chunks that have a block to give
+  std::mutex mutex_;                          // guards everything below
+  Chunk* available_ = nullptr;                // chunks that have a block to give
+  std::unique_ptr<std::set<Chunk*>> chunks_;  // all of them, where there are visitors
+  unsigned visitors_ = 0;                     // while there are any, no chunk goes
 };
 
 Depot& depot(std::size_t index) {
@@ -270,14 +307,14 @@ struct FrameCache {
     ended = true;
   }
 
-  [[gnu::noinline]] void* refill(std::size_t index) {
+  [[gnu::noinline]] void* refill(std::size_t index, Construct construct) {
     Class& mine = classes[index];
     if (mine.limit == 0) open(mine, index);
     if (mine.spare) {
       mine.free = std::exchange(mine.spare, nullptr);
       mine.count = mine.spare_count;
     } else {
-      mine.free = depot(index).take(index, std::max(mine.limit, 1u), mine.count);
+      mine.free = depot(index).take(index, std::max(mine.limit, 1u), mine.count, construct);
     }
     FreeBlock* block = mine.free;
     mine.free = block->next;
@@ -324,25 +361,19 @@ void FrameCache::open(Class& mine, std::size_t index) noexcept {
 
 }  // namespace
 
-void* allocate_frame(std::size_t size) {
-  const std::size_t index = size_class(size);
-  if (index >= kClasses) [[unlikely]]
-    return ::operator new(size);
+namespace {
+
+inline void* allocate_from(std::size_t index, Construct construct) {
   FrameCache::Class& mine = cache.classes[index];
   FreeBlock* const block = mine.free;
   if (!block) [[unlikely]]
-    return cache.refill(index);
+    return cache.refill(index, construct);
   mine.free = block->next;
   --mine.count;
   return block;
 }
 
-void free_frame(void* freed, std::size_t size) noexcept {
-  const std::size_t index = size_class(size);
-  if (index >= kClasses) [[unlikely]] {
-    ::operator delete(freed);
-    return;
-  }
+inline void free_to(std::size_t index, void* freed) noexcept {
   FrameCache::Class& mine = cache.classes[index];
   auto* const block = static_cast<FreeBlock*>(freed);
   block->next = mine.free;
@@ -351,10 +382,76 @@ void free_frame(void* freed, std::size_t size) noexcept {
     cache.spill(index);
 }
 
+}  // namespace
+
+void* allocate_frame(std::size_t size) {
+  const std::size_t index = size_class(size);
+  if (index >= kSizeClasses) [[unlikely]]
+    return ::operator new(size);
+  return allocate_from(index, nullptr);
+}
+
+void free_frame(void* block, std::size_t size) noexcept {
+  const std::size_t index = size_class(size);
+  if (index >= kSizeClasses) [[unlikely]] {
+    ::operator delete(block);
+    return;
+  }
+  free_to(index, block);
+}
+
+void* allocate_control_block(Construct construct) {
+  return allocate_from(kControlBlocks, construct);
+}
+void free_control_block(void* block) noexcept { free_to(kControlBlocks, block); }
+
+void for_each_control_block(void (*visit)(void* block, void* argument), void* argument) {
+  depot(kControlBlocks).visit_blocks(kControlBlocks, visit, argument);
+}
+
 #else
 
 void* allocate_frame(std::size_t size) { return ::operator new(size); }
 void free_frame(void* block, std::size_t) noexcept { ::operator delete(block); }
+
+namespace {
+
+struct ControlBlocks {
+  std::mutex mutex;
+  std::unordered_set<void*> in_use;
+};
+
+// Never destroyed: coroutines may end while static objects go.
+ControlBlocks& control_blocks() {
+  static ControlBlocks* const blocks = new ControlBlocks;
+  return *blocks;
+}
+
+}  // namespace
+
+void* allocate_control_block(void (*construct)(void* block) noexcept) {
+  ControlBlocks& blocks = control_blocks();
+  void* const block = ::operator new(kControlBlockBytes);
+  construct(block);
+  std::lock_guard lock(blocks.mutex);
+  blocks.in_use.insert(block);
+  return block;
+}
+
+void free_control_block(void* block) noexcept {
+  ControlBlocks& blocks = control_blocks();
+  {
+    std::lock_guard lock(blocks.mutex);
+    blocks.in_use.erase(block);
+  }
+  ::operator delete(block);
+}
+
+void for_each_control_block(void (*visit)(void* block, void* argument), void* argument) {
+  ControlBlocks& blocks = control_blocks();
+  std::lock_guard lock(blocks.mutex);
+  for (void* block : blocks.in_use) visit(block, argument);
+}
 
 #endif
 

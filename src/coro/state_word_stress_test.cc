@@ -106,5 +106,48 @@ TEST(StateWordStress, ReferencesThatComeAndGoDuringTransitionsAreAllCounted) {
   EXPECT_GT(pairs, 100u);
 }
 
+// Whoever holds an idle coroutine never finds it taken by a census, only later.
+TEST(StateWordStress, AnInspectionDelaysItsHolderAndNothingElse) {
+  const int kRounds = rounds(300'000);
+  Word word(kQueue);
+  std::atomic<bool> stop{false};
+  std::uint64_t inspections = 0;
+  std::uint64_t overtaken = 0;
+  int frame = 0;  // plain: stands for what the state hands over
+  std::atomic<int> sum{0};
+  std::thread inspector([&] {
+    while (!stop.load(std::memory_order_relaxed)) {
+      const CoStateValue seen = word.peek();
+      if (seen.state() != CoState::kIdle) continue;
+      if (!word.begin_inspection(seen)) {
+        ++overtaken;
+        continue;
+      }
+      sum.fetch_add(frame, std::memory_order_relaxed);
+      word.end_inspection();
+      ++inspections;
+    }
+  });
+  int errors = 0;
+  for (int r = 0; r < kRounds; ++r) {
+    const auto schedule = word.schedule(kQueue, false);
+    if (!schedule.won) ++errors;
+    if (word.claim_entry(kQueue, schedule.generation, schedule.embedded) != Outcome::kRun) ++errors;
+    frame = r;
+    word.suspend(false);
+    if (!word.claim_direct(kDirect).won) ++errors;
+    frame = -r;
+    word.suspend(false);
+    if (r % 64 == 0) std::this_thread::yield();
+  }
+  stop = true;
+  inspector.join();
+  std::printf("%lu inspections, %lu were overtaken\n", static_cast<unsigned long>(inspections),
+              static_cast<unsigned long>(overtaken));
+  EXPECT_EQ(errors, 0);
+  EXPECT_GT(inspections, 100u);
+  EXPECT_GT(overtaken, 0u);
+}
+
 }  // namespace
 }  // namespace roost

@@ -41,6 +41,9 @@ void make(Word& word, CoState state, bool owned = false) {
       word.claim_direct(kHere);
       word.end();
       break;
+    case CoState::kInspected:
+      EXPECT_TRUE(word.begin_inspection(word.peek()));
+      break;
   }
   EXPECT_EQ(word.peek().state(), state);
   EXPECT_EQ(word.peek().owned(), owned);
@@ -76,7 +79,6 @@ TEST(StateWord, StartsIdleOnItsContextWithNothingOutstanding) {
   EXPECT_EQ(word.peek().state(), CoState::kIdle);
   EXPECT_EQ(word.peek().context(), kHere);
   EXPECT_EQ(word.peek().entries(), 0u);
-  EXPECT_EQ(word.peek().generation(), 0u);
   EXPECT_FALSE(word.peek().embedded());
 }
 
@@ -290,6 +292,34 @@ TEST(StateWord, TheHighestContextFits) {
   EXPECT_EQ(word.peek().generation(), schedule.generation);
   EXPECT_EQ(word.claim_entry(CoStateValue::kMaxContexts - 1, schedule.generation, true),
             Outcome::kRun);
+}
+
+TEST(StateWord, ANewCoroutineInTheSameBlockHasANewGeneration) {
+  Word word(kHere);
+  const auto first = word.peek();
+  word.claim_direct(kHere);
+  EXPECT_TRUE(word.end());
+  word.begin(kElsewhere);
+  EXPECT_EQ(word.peek().state(), CoState::kIdle);
+  EXPECT_EQ(word.peek().context(), kElsewhere);
+  EXPECT_NE(word.peek().generation(), first.generation());
+  EXPECT_FALSE(word.begin_inspection(first)) << "the state of the coroutine before";
+}
+
+TEST(StateWord, OnlyAnIdleCoroutineCanBeInspected) {
+  expect_only_from({{CoState::kIdle, false}},
+                   [](Word& word) { return word.begin_inspection(word.peek()); });
+}
+
+TEST(StateWord, AnInspectionLeavesEverythingAsItWas) {
+  Word word(kHere);
+  EXPECT_TRUE(word.add_ref());
+  const auto before = word.peek();
+  EXPECT_TRUE(word.begin_inspection(before));
+  EXPECT_TRUE(word.add_ref()) << "references come and go meanwhile";
+  EXPECT_FALSE(word.drop_ref());
+  word.end_inspection();
+  EXPECT_EQ(word.peek().bits(), before.bits());
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 // Threads: polled by one thread, its home thread. post(), notify(), run(), BottomHalf and
 // co_schedule() work from any thread and are the only doors from outside; everything else is for
 // the home thread, or, before it is polled for the first time, for a thread that has made it
-// current (ContextScope).
+// current (ContextScope). A control thread may hold off all dispatching with acquire().
 // Lifetime: reference-counted (std::shared_ptr). It is destroyed on the thread that polled it, or
 // anywhere after that thread has called release_back_end() (an IOThread does). Nothing live may be
 // scheduled then, no handler set, no I/O in flight: each aborts and says which.
@@ -30,6 +30,7 @@
 #include <utility>
 
 #include "roost/aio/back_end.h"
+#include "roost/aio/context_lock.h"
 #include "roost/aio/event_notifier.h"
 #include "roost/aio/inbox.h"
 #include "roost/aio/timer.h"
@@ -97,6 +98,25 @@ class AioContext final : private AioContextIndex, public CoContext {
   template <class Function>
   auto run(Function&& function) -> std::invoke_result_t<Function&>;
 
+  /// Keeps the context from dispatching: from here to release() no callback and no coroutine runs
+  /// in a poll of it. For control threads, which may then touch what its callbacks touch; it does
+  /// not become current, what is queued stays queued, and I/O under way goes on. Waits for the end
+  /// of the iteration that is running (a blocking poll nested in a callback included) and for those
+  /// who came before; does not wait for, nor wake, a context that sleeps.
+  ///
+  /// Recursive; each acquire() needs a release() by the same thread. A callback of this context has
+  /// it already, and may acquire it again until it returns. What a thread acquired before it polls,
+  /// it keeps while that poll waits. Who acquires two contexts takes care of the order.
+  ///
+  /// Aborts inside a coroutine and in a callback of another context. Meanwhile run() and
+  /// IOThread::join() abort on this thread, since they would wait for ever.
+  void acquire();
+  /// Aborts unless this thread, and this callback, has acquired it. The context outlives the call.
+  void release();
+  /// Whether this thread keeps the context from dispatching on another: it has acquired it, or is
+  /// dispatching it.
+  bool acquired_here() const noexcept;
+
   /// Sets, replaces or (all members empty) removes the handler of `fd`. After a removal nothing of
   /// the handler is called any more, and `fd` may be closed.
   void set_fd_handler(int fd, FdHandler handler);
@@ -140,6 +160,13 @@ class AioContext final : private AioContextIndex, public CoContext {
     std::uint64_t sleeps = 0;
     std::uint64_t spins_paid = 0;
     std::uint64_t spins_in_vain = 0;
+    /// The home passed the context lock to somebody who waited for it, and queued behind: between
+    /// iterations or in a busy wait.
+    std::uint64_t lock_passed_busy = 0;
+    /// The same at the end of a poll or before a sleep.
+    std::uint64_t lock_passed_idle = 0;
+    /// The lock was taken when the home wanted it back, after a sleep or at the start of a poll.
+    std::uint64_t lock_waits = 0;
   };
   const Statistics& statistics() const noexcept { return statistics_; }
 
@@ -149,6 +176,8 @@ class AioContext final : private AioContextIndex, public CoContext {
   friend void schedule_oneshot(AioContext&, std::function<void()>);
 
   explicit AioContext(AioContextOptions options);
+
+  class PollScope;
 
   void make_back_end();
   bool iterate(ThreadState& thread, bool blocking);
@@ -168,6 +197,12 @@ class AioContext final : private AioContextIndex, public CoContext {
   std::int64_t wait_limit_ns() const noexcept;
   void close() noexcept;
   void blocking_call_check(const char* what) const;
+  void begin_iteration(bool blocking);
+  void take_lock() noexcept;
+  bool give_up_lock() noexcept;
+  void check_callbacks_released() const noexcept;
+  bool poll_now();
+  void let_others_have_lock() noexcept;
 
   static bool run_bottom_half(CallbackEntry& entry) noexcept;
   static bool end_of_notify(CallbackEntry& entry) noexcept;
@@ -188,6 +223,7 @@ class AioContext final : private AioContextIndex, public CoContext {
   NotifyEntry notify_entry_{*this};
   std::atomic<int> bottom_halves_{0};  // alive
   std::atomic<const char*> back_end_name_;
+  ContextLock<RealPlatform, FutexPark> lock_;
 
   // Home thread.
   EntryQueue batch_;     // taken, to be run in this iteration
@@ -212,6 +248,26 @@ class AioContext final : private AioContextIndex, public CoContext {
   std::uint64_t signals_owed_ = 0;      // pushes that found this context sleeping
   std::uint64_t signals_received_ = 0;  // eventfd counts read
   Statistics statistics_;
+  unsigned polls_ = 0;               // on the stack
+  unsigned callbacks_acquired_ = 0;  // acquires within dispatching, not released yet
+  enum class Lock : std::uint8_t {
+    kNo,        // not held: asleep, or nothing dispatched yet
+    kHeld,      // by the outermost poll, which gives it up
+    kAcquired,  // by this thread before it polled, which keeps it
+  };
+  Lock holds_ = Lock::kNo;
+};
+
+/// acquire() for a scope. Not for coroutines: it may not cross a suspension.
+class [[nodiscard]] ContextGuard {
+ public:
+  explicit ContextGuard(AioContext& context) : context_(context) { context_.acquire(); }
+  ~ContextGuard() { context_.release(); }
+  ContextGuard(const ContextGuard&) = delete;
+  ContextGuard& operator=(const ContextGuard&) = delete;
+
+ private:
+  AioContext& context_;
 };
 
 /// Makes a context current on this thread for as long as the scope lives. Scopes nest.

@@ -28,13 +28,24 @@ class CoContext {
   void post_here(QueueEntry& entry) noexcept { added_.push(entry); }
 
   std::uint32_t index() const noexcept { return index_; }
+
+  /// The loop's time when it last looked, in ticks of kTickNs; wraps around. Current thread's
+  /// context only.
+  std::uint32_t tick() const noexcept { return tick_; }
+  static constexpr std::int64_t kTickNs = std::int64_t{1} << 20;
+
   const std::string& name() const noexcept { return name_; }
 
  protected:
   CoContext(std::uint32_t index, std::string name) : index_(index), name_(std::move(name)) {}
   ~CoContext() = default;
 
-  EntryQueue added_;  // home thread: posted while dispatching, for the next iteration
+  static std::uint32_t tick_of(std::int64_t now_ns) noexcept {
+    return static_cast<std::uint32_t>(now_ns / kTickNs);
+  }
+
+  EntryQueue added_;        // home thread: posted while dispatching, for the next iteration
+  std::uint32_t tick_ = 0;  // home thread
 
  private:
   std::uint32_t index_;  // below CoStateValue::kMaxContexts, unique among the living

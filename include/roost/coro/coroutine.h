@@ -16,9 +16,11 @@
 // being woken makes the stack grow. docs/ARCHITECTURE.md tells the life of a wake-up.
 #pragma once
 
+#include <atomic>
 #include <coroutine>
 #include <cstddef>
-#include <memory>
+#include <cstdint>
+#include <new>
 #include <source_location>
 #include <type_traits>
 #include <utility>
@@ -33,13 +35,14 @@ namespace roost {
 template <class T>
 class Task;
 
-class Coroutine final : public FrameAllocated {
+class Coroutine final {
  public:
   using Place = std::source_location;
 
   /// A coroutine that will run `task` once it is entered or scheduled. Its home, until it runs, is
   /// the current context, if any. `name` must outlive it (a literal).
-  static Coroutine* create(Task<void> task, const char* name = "coroutine");
+  static Coroutine* create(Task<void> task, const char* name = "coroutine",
+                           Place place = Place::current());
 
   /// Ends a coroutine that is idle (created or yielded) without running it on: its frames and what
   /// lives in them are destroyed.
@@ -63,13 +66,21 @@ class Coroutine final : public FrameAllocated {
   /// Stable only while the caller holds the coroutine suspended, or is the coroutine.
   CoContext* home() const noexcept { return home_.load(std::memory_order_acquire); }
 
-  const char* name() const noexcept { return name_; }
+  const char* name() const noexcept { return name_.load(std::memory_order_relaxed); }
 
   /// A snapshot for messages and tests.
   CoState state() const noexcept { return state_.peek().state(); }
 
+  /// For coroutine locks: this coroutine, which is running, owns one more, or one less. One that
+  /// ends with a lock aborts.
+  void lock_taken() noexcept { locks_.store(locks() + 1, std::memory_order_relaxed); }
+  void lock_released() noexcept { locks_.store(locks() - 1, std::memory_order_relaxed); }
+  std::uint32_t locks() const noexcept { return locks_.load(std::memory_order_relaxed); }
+
  private:
   friend struct Driver;
+  friend struct CoroutineEntry;
+  friend struct CensusAccess;
   friend class CoroutineRef;
   friend struct PromiseBase;
   template <class T>
@@ -88,40 +99,75 @@ class Coroutine final : public FrameAllocated {
   // state, and only then runs the step.
   using Publish = void (*)(Coroutine&, ThreadState&, const void* closure) noexcept;
 
-  explicit Coroutine(std::coroutine_handle<> root, CoContext* home) noexcept;
+  Coroutine() noexcept : entry_(true) {}
   ~Coroutine() = default;
+  bool runs_on_this_thread() const noexcept;
+  // A block is constructed once, and then used for one coroutine after the other.
+  static void construct_block(void* block) noexcept;
+  static void release_block(Coroutine& co) noexcept;
 
-  void suspend_at(std::coroutine_handle<> frame, Publish publish, const void* closure) noexcept {
+  void suspend_at(std::coroutine_handle<> frame, Place place, Publish publish,
+                  const void* closure) noexcept {
     next_ = nullptr;
     suspended_at_ = frame;
+    awaits_at_.store(place, std::memory_order_relaxed);
     publish_ = publish;
     closure_ = closure;
   }
-  void settle(bool waiting) noexcept { state_.suspend(waiting); }
+  // The tick before the state: from then on it may change hands.
+  void stamp(const ThreadState& thread) noexcept {
+    since_.store(thread.context->tick(), std::memory_order_relaxed);
+  }
+  void settle(const ThreadState& thread, bool waiting) noexcept {
+    stamp(thread);
+    state_.suspend(waiting);
+  }
   static void finish_move(Coroutine& co, ThreadState& thread, const void* awaiter) noexcept;
   void post_schedule(CoContext& context, ThreadState& thread,
                      const StateWord<RealPlatform>::Schedule& schedule, Place place) noexcept;
   static void wake(Coroutine& co, bool owner, Place place);
   [[noreturn, gnu::cold]] void misuse(const char* what, Place place, CoStateValue seen) const;
 
-  // What scheduling and entering touch comes first, in a cache line or two.
+  // Two cache lines; what scheduling touches is in the first. What the census reads, on any thread
+  // and at any time, is atomic, and none of it is the first word, which a free block has its link
+  // in.
 
+  std::coroutine_handle<> root_;
   // Anybody, by the state word's rules.
   StateWord<RealPlatform> state_;
-  CoroutineEntry entry_;  // the producer that got `embedded`, then its queue
-  const std::coroutine_handle<> root_;
-  std::atomic<Place> placed_at_;  // who scheduled, woke or entered it last, for messages
-  std::atomic<CoContext*> home_;  // written by the driver while running; read by wakers
+  CoroutineEntry entry_;                   // the producer that got `embedded`, then its queue
+  std::atomic<Place> placed_at_;           // who scheduled, woke or entered it last, for messages
+  std::atomic<CoContext*> home_{nullptr};  // written by the driver while running; read by wakers
 
   // The driver while running; otherwise whoever claims the coroutine next.
   std::coroutine_handle<> suspended_at_;  // where a suspended coroutine goes on
   std::coroutine_handle<> next_;          // what to resume next; null: suspended or ended
   Publish publish_ = nullptr;             // set by a suspension, with its closure
-  const void* closure_ = nullptr;
-  const char* waits_for_ = nullptr;  // the name of the wait while waiting
-  Coroutine* link_ = nullptr;        // the driver's wake list while listed
-  const char* name_;
+  union {
+    const void* closure_ = nullptr;
+    Coroutine* link_;  // the driver's wake list while listed, when the closure is long done with
+  };
+  std::atomic<const char*> waits_for_{nullptr};  // the name of the wait while waiting
+  std::atomic<Place> awaits_at_;                 // the co_await that suspended it last
+
+  // Set once in its life.
+  std::atomic<const char*> name_{nullptr};  // null: the block is free, or being made ready
+  std::atomic<Place> created_at_;
+
+  std::atomic<std::uint32_t> since_{0};  // its context's tick when it was made or last suspended
+  std::atomic<std::uint32_t> locks_{0};  // coroutine locks that it owns
 };
+static_assert(sizeof(Coroutine) == kControlBlockBytes);
+
+inline Coroutine& CoroutineEntry::coroutine() const noexcept {
+  if (!embedded) return static_cast<const SpareEntry*>(this)->co;
+    // The inverse of &co.entry_. Both compilers give offsetof of any class without virtual bases.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Winvalid-offsetof"
+  constexpr std::size_t kOffset = offsetof(Coroutine, entry_);
+#pragma GCC diagnostic pop
+  return *reinterpret_cast<Coroutine*>(reinterpret_cast<std::uintptr_t>(this) - kOffset);
+}
 
 /// Enters `co` from `context`'s loop. Moves a suspended coroutine to another home.
 /// Aborts, with both places, if it is running, scheduled already or in the wait of a primitive, and
@@ -177,11 +223,21 @@ bool drop_entry(CoroutineEntry& entry) noexcept;
 
 /// Base of every promise in a coroutine's await chain.
 struct PromiseBase {
+  using Place = std::source_location;
+
   Coroutine* co = nullptr;               // set when the task starts
   std::coroutine_handle<> continuation;  // the awaiting parent; null in a root task
+  Place awaits_at;                       // the co_await that it executed last
 
   static void* operator new(std::size_t size) { return allocate_frame(size); }
   static void operator delete(void* frame, std::size_t size) noexcept { free_frame(frame, size); }
+
+  /// Passes an awaitable on as it is, and notes the place.
+  template <class Awaitable>
+  Awaitable&& await_transform(Awaitable&& awaitable, Place place = Place::current()) noexcept {
+    awaits_at = place;
+    return static_cast<Awaitable&&>(awaitable);
+  }
 
   /// Tells the driver what to resume next.
   static void set_next(Coroutine& co, std::coroutine_handle<> next) noexcept { co.next_ = next; }
@@ -204,18 +260,19 @@ class [[nodiscard]] SuspendAwaiter {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     static_assert(std::is_base_of_v<PromiseBase, Promise>, "await this inside a roost::Task");
-    Coroutine& co = *frame.promise().co;
-    co.waits_for_ = waits_for_;
-    co.suspend_at(frame, waits_for_ ? &finish<true> : &finish<false>, &publish_);
+    PromiseBase& promise = frame.promise();
+    Coroutine& co = *promise.co;
+    co.waits_for_.store(waits_for_, std::memory_order_relaxed);
+    co.suspend_at(frame, promise.awaits_at, waits_for_ ? &finish<true> : &finish<false>, &publish_);
   }
 
   void await_resume() const noexcept {}
 
  private:
   template <bool kWaiting>
-  static void finish(Coroutine& co, ThreadState&, const void* closure) noexcept {
+  static void finish(Coroutine& co, ThreadState& thread, const void* closure) noexcept {
     F publish = *static_cast<const F*>(closure);
-    co.settle(kWaiting);
+    co.settle(thread, kWaiting);
     // From here on another thread may be running, or have ended, the coroutine.
     publish(co);
   }
@@ -248,7 +305,8 @@ class [[nodiscard]] MoveAwaiter {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     static_assert(std::is_base_of_v<PromiseBase, Promise>, "await this inside a roost::Task");
-    frame.promise().co->suspend_at(frame, &Coroutine::finish_move, this);
+    PromiseBase& promise = frame.promise();
+    promise.co->suspend_at(frame, promise.awaits_at, &Coroutine::finish_move, this);
   }
 
   void await_resume() const noexcept {}

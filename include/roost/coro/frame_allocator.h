@@ -25,6 +25,20 @@ void* allocate_frame(std::size_t size);
 /// `size` is what was asked for.
 void free_frame(void* block, std::size_t size) noexcept;
 
+/// Bytes of a coroutine's control block.
+inline constexpr std::size_t kControlBlockBytes = 128;
+
+/// Memory for control blocks, which all can be found at any time. So they are constructed once,
+/// when the memory is new; a block that was free before is as it was left but for its first word,
+/// which linked free blocks. Throws std::bad_alloc.
+void* allocate_control_block(void (*construct)(void* block) noexcept);
+void free_control_block(void* block) noexcept;
+
+/// Calls `visit` with every control block, in use or free. Meanwhile blocks may be allocated and
+/// freed, but no memory of theirs goes back to the system. (Under AddressSanitizer it visits those
+/// in use, and nobody can allocate or free one.)
+void for_each_control_block(void (*visit)(void* block, void* argument), void* argument);
+
 /// Base for classes that live in frame memory.
 struct FrameAllocated {
   static void* operator new(std::size_t size) { return allocate_frame(size); }

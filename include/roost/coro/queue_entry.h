@@ -31,14 +31,22 @@ struct QueueEntry {
 };
 
 /// One schedule of a coroutine. Embedded in its control block, or from frame memory where the
-/// embedded one is still queued elsewhere.
+/// embedded one is still queued elsewhere (SpareEntry).
 struct CoroutineEntry : QueueEntry {
-  explicit CoroutineEntry(Coroutine& coroutine, bool is_embedded) noexcept
-      : QueueEntry(Kind::kCoroutine), embedded(is_embedded), co(&coroutine) {}
+  explicit CoroutineEntry(bool is_embedded) noexcept
+      : QueueEntry(Kind::kCoroutine), embedded(is_embedded) {}
+
+  /// Whose turn it is.
+  Coroutine& coroutine() const noexcept;
 
   bool embedded;
   std::uint32_t generation = 0;
-  Coroutine* co;
+};
+
+struct SpareEntry final : CoroutineEntry {
+  explicit SpareEntry(Coroutine& of) noexcept : CoroutineEntry(false), co(of) {}
+
+  Coroutine& co;
 };
 
 struct CallbackEntry : QueueEntry {

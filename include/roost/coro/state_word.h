@@ -9,12 +9,14 @@
 //
 // Layout, from the low end:
 //
-//   bits  0..2   state          idle, waiting, running, scheduled, listed, ended
+//   bits  0..2   state          idle, waiting, running, scheduled, listed, ended, inspected
 //   bit   3      owned          the wake-up under way belongs to a primitive's wait
 //   bit   4      embedded       the control block's own queue entry is in some queue
 //   bits  5..19  entries        queue entries outstanding, stale ones included, and CoroutineRefs
 //   bits 20..31  context        index of the context it runs on, ran on last, or is scheduled on
-//   bits 32..63  generation     counts schedules; an entry is live only with the current one
+//   bits 32..63  generation     counts schedules, and coroutines that had the block before; an
+//   entry
+//                               is live only with the current one
 //
 //   from        to          by                                      operation
 //   idle        running     a direct entry                          claim_direct
@@ -32,9 +34,13 @@
 //   running     waiting     the same                                suspend
 //   running     scheduled   the same, for a move                    suspend_scheduled
 //   running     ended       the same                                end
+//   ended       idle        whoever makes a coroutine in its block  begin
+//   idle        inspected   a census on its home's thread           begin_inspection
+//   inspected   idle        the same, a moment later                end_inspection
 //
 // In `idle` and `waiting` the frame belongs to whoever makes the next transition; in `running` to
-// the driver; in `scheduled` to nobody until somebody claims it.
+// the driver; in `scheduled` to nobody until somebody claims it; in `inspected` to a reader that
+// soon gives it back, which everybody else waits for.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +55,8 @@ enum class CoState : std::uint8_t {
   kRunning = 2,    // a driver loop is executing it
   kScheduled = 3,  // an entry of the current generation is queued at `context`
   kListed = 4,     // on the wake list of a driver loop on its home
-  kEnded = 5,      // its frame is gone; the block lives until entries is 0
+  kEnded = 5,      // its frame is gone; the block lives until entries is 0. Also: a free block
+  kInspected = 6,  // idle, and being looked at
 };
 
 /// "idle", "waiting", ... for messages.
@@ -113,8 +120,22 @@ class CoStateValue {
 template <Platform P>
 class StateWord {
  public:
-  explicit StateWord(std::uint32_t context) noexcept
-      : word_(CoStateValue(0).with_context(context).bits()) {}
+  /// Ended, until begin().
+  StateWord() noexcept : word_(static_cast<std::uint64_t>(CoState::kEnded)) {}
+  explicit StateWord(std::uint32_t context) noexcept : StateWord() { begin(context); }
+
+  /// ended, with nothing outstanding -> idle: a new coroutine, on `context`.
+  void begin(std::uint32_t context) noexcept {
+    // Relaxed: whoever got the block got it from the one that ended its last coroutine.
+    const CoStateValue last(word_.load(std::memory_order_relaxed));
+    // Release: a census that sees this state sees that the block was free (its name).
+    word_.store(last.with(CoState::kIdle, false)
+                    .with_context(context)
+                    .with_embedded(false)
+                    .next_generation()
+                    .bits(),
+                std::memory_order_release);
+  }
 
   /// A snapshot; stale at once unless the caller owns the state.
   CoStateValue peek() const noexcept {
@@ -133,7 +154,10 @@ class StateWord {
     for (;;) {
       const bool may =
           seen.state() == CoState::kIdle || (seen.state() == CoState::kScheduled && !seen.owned());
-      if (!may) return {false, seen};
+      if (!may) {
+        if (inspection_ended(seen)) continue;
+        return {false, seen};
+      }
       if (swap(seen, seen.with(CoState::kRunning, false).with_context(context)))
         return {true, seen};
     }
@@ -143,7 +167,10 @@ class StateWord {
   Claim claim_suspended(std::uint32_t context, bool owner) noexcept {
     CoStateValue seen = peek();
     for (;;) {
-      if (seen.state() != (owner ? CoState::kWaiting : CoState::kIdle)) return {false, seen};
+      if (seen.state() != (owner ? CoState::kWaiting : CoState::kIdle)) {
+        if (inspection_ended(seen)) continue;
+        return {false, seen};
+      }
       if (swap(seen, seen.with(CoState::kRunning, false).with_context(context)))
         return {true, seen};
     }
@@ -163,6 +190,7 @@ class StateWord {
     for (;;) {
       if (seen.state() != (owner ? CoState::kWaiting : CoState::kIdle) ||
           seen.entries() == CoStateValue::kMaxEntries) {
+        if (inspection_ended(seen)) continue;
         return {false, seen, 0, false};
       }
       const CoStateValue next = seen.with(CoState::kScheduled, owner)
@@ -178,7 +206,10 @@ class StateWord {
   Claim list(bool owner) noexcept {
     CoStateValue seen = peek();
     for (;;) {
-      if (seen.state() != (owner ? CoState::kWaiting : CoState::kIdle)) return {false, seen};
+      if (seen.state() != (owner ? CoState::kWaiting : CoState::kIdle)) {
+        if (inspection_ended(seen)) continue;
+        return {false, seen};
+      }
       if (swap(seen, seen.with(CoState::kListed, owner))) return {true, seen};
     }
   }
@@ -286,7 +317,31 @@ class StateWord {
   /// running -> ended. Returns true if no entry is outstanding: the caller frees the block.
   bool end() noexcept { return leave_running(CoState::kEnded).entries() == 0; }
 
+  /// idle -> inspected, if `seen` is what stands there: its frames stay until end_inspection().
+  /// Everybody who wants the coroutine waits, so be quick.
+  bool begin_inspection(CoStateValue seen) noexcept {
+    return seen.state() == CoState::kIdle && swap(seen, seen.with(CoState::kInspected, false));
+  }
+
+  /// inspected -> idle.
+  void end_inspection() noexcept {
+    CoStateValue seen = peek();
+    while (!swap(seen, seen.with(CoState::kIdle, false))) {
+    }
+  }
+
  private:
+  // Whether what stood in the way of a claim was an inspection, which is over now.
+  bool inspection_ended(CoStateValue& seen) noexcept {
+    if (seen.state() != CoState::kInspected) [[likely]]
+      return false;
+    do {
+      P::cpu_relax();
+      seen = peek();
+    } while (seen.state() == CoState::kInspected);
+    return true;
+  }
+
   bool swap(CoStateValue& seen, CoStateValue next) noexcept {
     std::uint64_t expected = seen.bits();
     // Acquire pairs with the release of the transition before: a claimer sees the frame as its last

@@ -34,6 +34,9 @@ struct FinalAwaiter {
   void await_resume() const noexcept {}
 };
 
+// A PromiseBase is found from the address of its frame, whatever the type of the task.
+inline constexpr std::size_t kMaxTaskAlignment = __STDCPP_DEFAULT_NEW_ALIGNMENT__;
+
 struct TaskPromiseBase : PromiseBase {
   std::suspend_always initial_suspend() const noexcept { return {}; }
   FinalAwaiter final_suspend() const noexcept { return {}; }
@@ -44,6 +47,10 @@ struct TaskPromiseBase : PromiseBase {
 
 template <class T>
 struct TaskPromise : TaskPromiseBase {
+  static_assert(alignof(T) <= kMaxTaskAlignment,
+                "a task's result has no stricter alignment than "
+                "operator new gives");
+
   Task<T> get_return_object() noexcept;
 
   template <class U>
@@ -135,7 +142,7 @@ inline Task<void> TaskPromise<void>::get_return_object() noexcept {
 /// Creates a coroutine that runs `task`, and schedules it on `context`. Any thread.
 inline Coroutine* spawn(CoContext& context, Task<void> task, const char* name = "coroutine",
                         Coroutine::Place place = Coroutine::Place::current()) {
-  Coroutine* co = Coroutine::create(std::move(task), name);
+  Coroutine* co = Coroutine::create(std::move(task), name, place);
   co_schedule(context, *co, place);
   return co;
 }
