@@ -7,7 +7,6 @@
 // times, and a stop must have been under way home while its operation ended.
 #include <poll.h>
 
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
@@ -352,8 +351,6 @@ TEST(ThreadPoolStress, GrowsAndShrinksWhileWorkComesAndIsWithdrawn) {
   std::atomic<int> ran{0};
   std::atomic<int> cancelled{0};
   std::atomic<int> left{kCoroutines};
-  std::atomic<bool> over{false};
-  unsigned most = 0;
   int shrunk = 0;
   {
     IOThread a;
@@ -368,10 +365,9 @@ TEST(ThreadPoolStress, GrowsAndShrinksWhileWorkComesAndIsWithdrawn) {
         };
         // The stop comes from a worker, too: whichever of the two is first.
         const auto stopper = [&source] { source.request_stop(); };
-        const auto stop_it = [&]() -> Task<void> { co_await pool.run(stopper); };
         bool stopped = false;
         const auto stop_and_tell = [&]() -> Task<void> {
-          co_await stop_it();
+          co_await pool.run(stopper);
           stopped = true;
         };
         if (random.below(2)) {
@@ -393,7 +389,6 @@ TEST(ThreadPoolStress, GrowsAndShrinksWhileWorkComesAndIsWithdrawn) {
     unsigned before = 0;
     while (left > 0) {
       const unsigned now = pool.statistics().threads;
-      most = std::max(most, now);
       shrunk += now < before;
       before = now;
       std::this_thread::yield();
