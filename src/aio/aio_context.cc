@@ -14,6 +14,8 @@
 #include "roost/aio/poll_budget.h"
 #include "roost/aio/thread_pool.h"
 #include "roost/base/check.h"
+#include "roost/coro/census.h"
+#include "roost/coro/frame_allocator.h"
 
 namespace roost {
 
@@ -55,7 +57,7 @@ ContextScope::~ContextScope() {
 
 namespace {
 
-// Small numbers for the state words of coroutines: unique among living contexts.
+// The living contexts, and small numbers for the state words of coroutines, unique among them.
 class ContextIndices {
  public:
   std::uint32_t take() {
@@ -78,9 +80,25 @@ class ContextIndices {
     used_[index] = false;
   }
 
+  void add(AioContext& context) {
+    std::lock_guard lock(mutex_);
+    living_.push_back(&context);
+  }
+
+  void remove(AioContext& context) noexcept {
+    std::lock_guard lock(mutex_);
+    std::erase(living_, &context);
+  }
+
+  void for_each(const std::function<void(AioContext&)>& visit) {
+    std::lock_guard lock(mutex_);
+    for (AioContext* context : living_) visit(*context);
+  }
+
  private:
   std::mutex mutex_;
   std::vector<bool> used_;
+  std::vector<AioContext*> living_;  // open ones
 };
 
 ContextIndices& context_indices() {
@@ -130,9 +148,12 @@ AioContext::AioContext(AioContextOptions options)
       use_io_uring_(choose_io_uring(options_.event_loop, options_.file_io)),
       back_end_name_(use_io_uring_ ? "io_uring" : "epoll") {
   poll_budget_.woke();
+  context_indices().add(*this);
 }
 
 AioContext::~AioContext() {
+  context_indices().remove(*this);
+  report_inhabitants();
   close();
   poll_budget_.sleeps();
 }
@@ -152,7 +173,7 @@ void AioContext::close() noexcept {
       const char* co_name = co_entry.coroutine().name();
       ROOST_CHECK(!drop_entry(co_entry), "context '{}' destroyed while coroutine '{}' is scheduled",
                   name(), co_name);
-    } else if (entry != &notify_entry_) {
+    } else if (entry != &notify_entry_ && entry != &inspect_entry_) {
       auto* core = static_cast<BottomHalf::Core*>(static_cast<CallbackEntry*>(entry));
       ROOST_CHECK(core->run == &run_bottom_half,
                   "context '{}' destroyed while a call to it is waiting", name());
@@ -245,6 +266,42 @@ bool AioContext::end_of_notify(CallbackEntry& entry) noexcept {
   notify.queued.exchange(false, std::memory_order_acq_rel);
   notify.context.notified_ = true;
   return false;
+}
+
+void AioContext::inspect(std::function<void()> function) {
+  {
+    std::lock_guard lock(inspect_entry_.mutex);
+    inspect_entry_.functions.push_back(std::move(function));
+    if (std::exchange(inspect_entry_.queued, true)) return;
+  }
+  [[maybe_unused]] const bool open = post(inspect_entry_);
+}
+
+bool AioContext::run_inspections(CallbackEntry& entry) noexcept {
+  auto& inspect = static_cast<InspectEntry&>(entry);
+  std::vector<std::function<void()>> functions;
+  {
+    std::lock_guard lock(inspect.mutex);
+    functions.swap(inspect.functions);
+    inspect.queued = false;
+  }
+  for (const auto& function : functions) function();
+  return false;
+}
+
+void AioContext::for_each(const std::function<void(AioContext&)>& visit) {
+  context_indices().for_each(visit);
+}
+
+// Says which coroutines will never be woken at home any more. Not an error of its own: their
+// holders may still destroy them, or schedule them elsewhere.
+void AioContext::report_inhabitants() const {
+  for (const CoroutineInfo& info : list_coroutines()) {
+    if (info.context != index() || info.awaits_at.line() == 0) continue;
+    fmt::print(stderr, "roost: context '{}' goes while coroutine '{}', created at {}, is {}{}{}\n",
+               name(), info.name, describe(info.created_at), to_string(info.state),
+               info.waits_for ? " for " : "", info.waits_for ? info.waits_for : "");
+  }
 }
 
 void AioContext::blocking_call_check(const char* what) const {
@@ -534,6 +591,8 @@ bool AioContext::wait(std::int64_t timeout_ns) {
     }
   }
 
+  // A piece at a time, looking at what has come in between.
+  if (release_frame_memory()) return poll_now();
   if (!inbox_.try_sleep()) return poll_now();
   ++statistics_.sleeps;
   poll_budget_.sleeps();

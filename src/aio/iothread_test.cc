@@ -7,6 +7,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "aio/test_loop.h"
+#include "base/test_build.h"
 #include "roost/aio/bottom_half.h"
 #include "roost/aio/event_notifier.h"
 #include "roost/aio/inbox.h"
@@ -52,6 +54,19 @@ TEST_P(IOThreads, WhatWasPostedBeforeTheStopStillRuns) {
     thread.stop();
   }
   EXPECT_EQ(ran, 1000);
+}
+
+TEST_P(IOThreads, AnIdleOneReturnsTheMemoryOfManyFrames) {
+  if (kSanitized) GTEST_SKIP() << "a sanitizer keeps memory of its own";
+  IOThread thread(options());
+  std::vector<void*> frames(128 << 10);
+  thread.context().run([] {});
+  const std::size_t before = resident_bytes();
+  thread.context().run([&] {
+    for (void*& frame : frames) std::memset(frame = allocate_frame(1024), 1, 1024);
+    for (void* frame : frames) free_frame(frame, 1024);
+  });
+  while (resident_bytes() > before + (24 << 20)) std::this_thread::yield();
 }
 
 TEST_P(IOThreads, CurrentIsItsContextOnItsThread) {

@@ -6,13 +6,16 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string_view>
 #include <system_error>
+#include <thread>
 
+#include "roost/aio/census_report.h"
 #include "roost/aio/iothread.h"
 #include "roost/aio/thread_pool.h"
 #include "roost/block/block_driver.h"
@@ -56,15 +59,16 @@ Result<std::vector<Disk>> open_disks(const ServeOptions& options) {
   return disks;
 }
 
-// The signals that end the program, as a descriptor. They have to be blocked before any thread
+// The signals that the program heeds, as a descriptor. They have to be blocked before any thread
 // starts, so that every thread inherits that.
-class StopSignals {
+class Signals {
  public:
-  StopSignals() {
+  Signals() {
     sigset_t set;
     ::sigemptyset(&set);
     ::sigaddset(&set, SIGINT);
     ::sigaddset(&set, SIGTERM);
+    ::sigaddset(&set, SIGUSR1);
     ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
     fd_ = UniqueFd(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
     if (!fd_) throw std::system_error(errno, std::generic_category(), "signalfd");
@@ -72,9 +76,11 @@ class StopSignals {
 
   int fd() const noexcept { return fd_.get(); }
 
-  bool take() noexcept {
+  /// The number of the next one; 0: none.
+  int take() noexcept {
     signalfd_siginfo info;
-    return ::read(fd_.get(), &info, sizeof info) == sizeof info;
+    return ::read(fd_.get(), &info, sizeof info) == sizeof info ? static_cast<int>(info.ssi_signo)
+                                                                : 0;
   }
 
  private:
@@ -88,6 +94,29 @@ const char* aio_name(const ServeOptions& options, std::string_view event_loop) {
   if (event_loop == "io_uring") return "io_uring";
   return options.direct && linux_aio_available() ? "native" : "threads";
 }
+
+// Every coroutine, on stderr, in one piece. On a thread of its own, since it waits for the
+// contexts.
+class CensusPrinter {
+ public:
+  /// One at a time; while one is being taken, another is not begun.
+  void print() {
+    if (running_.exchange(true)) return;
+    if (thread_.joinable()) thread_.join();
+    thread_ = std::thread([this] {
+      const auto census = take_census();
+      report(fmt::format("{} coroutines\n{}", census.size(), to_text(census)));
+      running_ = false;
+    });
+  }
+  ~CensusPrinter() {
+    if (thread_.joinable()) thread_.join();
+  }
+
+ private:
+  std::atomic<bool> running_{false};
+  std::thread thread_;
+};
 
 void announce(const ServeOptions& options, const std::vector<Disk>& disks,
               const std::vector<ListenSocket>& sockets, const char* event_loop) {
@@ -135,7 +164,7 @@ Task<void> flush_all(const std::vector<Disk>& disks, bool& failed, bool& done) {
 }
 
 int serve_or_throw(const ServeOptions& options) {
-  StopSignals signals;
+  Signals signals;
 
   auto disks = open_disks(options);
   if (!disks) {
@@ -188,9 +217,12 @@ int serve_or_throw(const ServeOptions& options) {
   bool stopping = false;
   bool idle = false;
   Timer impatience(*main_context, [&] { server.disconnect_all(); });
+  CensusPrinter census;
   main_context->set_fd_handler(signals.fd(), {.read =
                                                   [&] {
-                                                    if (!signals.take()) return;
+                                                    const int signal = signals.take();
+                                                    if (signal == SIGUSR1) census.print();
+                                                    if (signal == 0 || signal == SIGUSR1) return;
                                                     if (std::exchange(stopping, true)) ::_exit(1);
                                                     impatience.arm_after(kStopTimeoutNs);
                                                     server.stop([&] { idle = true; });

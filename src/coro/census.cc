@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: MIT
 #include "roost/coro/census.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
+#include <cstdio>
 #include <optional>
+
+#include "roost/base/check.h"
 
 namespace roost {
 
@@ -124,6 +129,21 @@ std::vector<CoroutineInfo> list_coroutines_here() {
       },
       &visit);
   return std::move(visit.all);
+}
+
+std::size_t report_leaked_coroutines() noexcept {
+  constexpr std::size_t kAtMost = 10;
+  const auto all = list_coroutines();
+  for (std::size_t i = 0; i < std::min(all.size(), kAtMost); ++i) {
+    const CoroutineInfo& info = all[i];
+    fmt::print(stderr, "roost: coroutine '{}', created at {}, never ended; it is {}{}{}\n",
+               info.name, describe(info.created_at), to_string(info.state),
+               info.waits_for ? " for " : "", info.waits_for ? info.waits_for : "");
+  }
+  if (all.size() > kAtMost) {
+    fmt::print(stderr, "roost: and {} more coroutines never ended\n", all.size() - kAtMost);
+  }
+  return all.size();
 }
 
 std::size_t own_await_chain(Coroutine::Place* places, std::size_t size) noexcept {

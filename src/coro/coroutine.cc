@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 #include "roost/coro/coroutine.h"
 
+#include <cstdlib>
 #include <string>
 
 #include "roost/base/check.h"
+#include "roost/coro/census.h"
 #include "roost/coro/task.h"
 
 namespace roost {
@@ -132,7 +134,11 @@ struct Driver {
   Coroutine* wake_tail = nullptr;
 };
 
-void Coroutine::construct_block(void* block) noexcept { ::new (block) Coroutine(); }
+void Coroutine::construct_block(void* block) noexcept {
+  // The first coroutine of the process: look at exit whether one was forgotten.
+  [[maybe_unused]] static const int registered = std::atexit([] { report_leaked_coroutines(); });
+  ::new (block) Coroutine();
+}
 
 Coroutine* Coroutine::create(Task<void> task, const char* name, Place place) {
   // Memory first: if there is none, the task still owns its frame.

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <memory>
@@ -20,6 +21,8 @@
 #include <unordered_set>
 #include <utility>
 #include <vector>
+
+#include "roost/coro/context.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define ROOST_CACHE_FRAMES 0
@@ -47,6 +50,7 @@ constexpr std::size_t kChunkBytes = 64 << 10;
 constexpr std::size_t kChunkHeader = 64;
 constexpr std::size_t kRegionBytes = 2 << 20;
 constexpr std::size_t kSpareRegions = 4;
+constexpr std::size_t kSpareRegionsWhileBusy = 128;
 
 // Size 0 lands beyond every class.
 constexpr std::size_t size_class(std::size_t size) { return (size - 1) / kGranule; }
@@ -80,42 +84,73 @@ struct alignas(kChunkHeader) Chunk {
 };
 static_assert(sizeof(Chunk) == kChunkHeader);
 
-// Chunks for every class. Giving memory back to the system interrupts the other CPUs, so it is done
-// by the region, and a few stay.
+// Chunks for every class. Giving memory back to the system interrupts the other CPUs and takes as
+// long as hundreds of turns, so it is done by the region, a few stay, and where an event loop is
+// under way the rest waits until that has nothing else to do.
 class ChunkSource {
  public:
   /// Throws std::bad_alloc.
   void* take() {
     std::lock_guard lock(mutex_);
-    if (!usable_) add_region();
-    Region& region = *usable_;
-    if (region.free == kAllFree) --spare_;
+    // Those in use first, so that whole ones can go.
+    if (!partial_) {
+      if (!whole_) add_region();
+      Region& region = *whole_;
+      unlist(whole_, region);
+      enlist(partial_, region);
+      --spare_;
+    }
+    Region& region = *partial_;
     const int first = std::countr_zero(region.free);
     region.free &= ~(1u << first);
-    if (region.free == 0) unlist(region);
+    if (region.free == 0) unlist(partial_, region);
     return reinterpret_cast<void*>(region.address +
                                    static_cast<std::uintptr_t>(first) * kChunkBytes);
   }
 
   void give_back(void* chunk) noexcept {
-    std::lock_guard lock(mutex_);
-    const auto address = reinterpret_cast<std::uintptr_t>(chunk);
-    const auto found = regions_.find(address & ~std::uintptr_t{kRegionBytes - 1});
-    Region& region = found->second;
-    if (region.free == 0) enlist(region);
-    region.free |= 1u << ((address - region.address) / kChunkBytes);
-    if (region.free != kAllFree || ++spare_ <= kSpareRegions) return;
-    --spare_;
-    unlist(region);
-    ::munmap(reinterpret_cast<void*>(region.address), kRegionBytes);
-    regions_.erase(found);
+    const std::size_t may_stay = this_thread().context ? kSpareRegionsWhileBusy : kSpareRegions;
+    {
+      std::lock_guard lock(mutex_);
+      const auto address = reinterpret_cast<std::uintptr_t>(chunk);
+      const auto found = regions_.find(address & ~std::uintptr_t{kRegionBytes - 1});
+      Region& region = found->second;
+      if (region.free == 0) enlist(partial_, region);
+      region.free |= 1u << ((address - region.address) / kChunkBytes);
+      if (region.free != kAllFree) return;
+      unlist(partial_, region);
+      enlist(whole_, region);
+      if (++spare_ > kSpareRegions) surplus_.store(true, std::memory_order_relaxed);
+    }
+    release_one(may_stay);
+  }
+
+  /// Whether more regions than are to stay may be unused; a hint.
+  bool surplus() const noexcept { return surplus_.load(std::memory_order_relaxed); }
+
+  /// Gives one region back to the system if more than `may_stay` are unused; true if so.
+  bool release_one(std::size_t may_stay) noexcept {
+    std::uintptr_t address = 0;
+    {
+      std::lock_guard lock(mutex_);
+      if (spare_ > may_stay) {
+        address = whole_->address;
+        unlist(whole_, *whole_);
+        regions_.erase(address);
+        --spare_;
+      }
+      if (spare_ <= kSpareRegions) surplus_.store(false, std::memory_order_relaxed);
+    }
+    if (address == 0) return false;
+    ::munmap(reinterpret_cast<void*>(address), kRegionBytes);
+    return true;
   }
 
  private:
   struct Region {
     std::uintptr_t address;
     std::uint32_t free;  // a bit a chunk
-    Region* previous;    // in the list of those with a free chunk
+    Region* previous;    // in partial_ or whole_; in neither if no chunk is free
     Region* next;
   };
   static constexpr std::uint32_t kAllFree = ~0u;
@@ -130,7 +165,7 @@ class ChunkSource {
     }
     try {
       const Region made{.address = address, .free = kAllFree, .previous = nullptr, .next = nullptr};
-      enlist(regions_.emplace(address, made).first->second);
+      enlist(whole_, regions_.emplace(address, made).first->second);
     } catch (...) {
       ::munmap(reinterpret_cast<void*>(address), kRegionBytes);
       throw;
@@ -150,22 +185,24 @@ class ChunkSource {
     return region;
   }
 
-  void enlist(Region& region) noexcept {
+  static void enlist(Region*& list, Region& region) noexcept {
     region.previous = nullptr;
-    region.next = usable_;
-    if (usable_) usable_->previous = &region;
-    usable_ = &region;
+    region.next = list;
+    if (list) list->previous = &region;
+    list = &region;
   }
 
-  void unlist(Region& region) noexcept {
-    (region.previous ? region.previous->next : usable_) = region.next;
+  static void unlist(Region*& list, Region& region) noexcept {
+    (region.previous ? region.previous->next : list) = region.next;
     if (region.next) region.next->previous = region.previous;
   }
 
   std::mutex mutex_;
   std::unordered_map<std::uintptr_t, Region> regions_;  // by address
-  Region* usable_ = nullptr;
-  std::size_t spare_ = 0;  // regions all of whose chunks are free
+  Region* partial_ = nullptr;                           // some chunks are free
+  Region* whole_ = nullptr;                             // all are
+  std::size_t spare_ = 0;                               // how many those are
+  std::atomic<bool> surplus_{false};  // spare_ > kSpareRegions; a hint outside of the mutex
 };
 
 // Never destroyed, like the depots: frames may be freed while static objects go.
@@ -305,6 +342,8 @@ struct FrameCache {
       mine = Class{};
     }
     ended = true;
+    while (release_frame_memory()) {
+    }
   }
 
   [[gnu::noinline]] void* refill(std::size_t index, Construct construct) {
@@ -409,8 +448,13 @@ void for_each_control_block(void (*visit)(void* block, void* argument), void* ar
   depot(kControlBlocks).visit_blocks(kControlBlocks, visit, argument);
 }
 
+bool release_frame_memory() noexcept {
+  return chunk_source().surplus() && chunk_source().release_one(kSpareRegions);
+}
+
 #else
 
+bool release_frame_memory() noexcept { return false; }
 void* allocate_frame(std::size_t size) { return ::operator new(size); }
 void free_frame(void* block, std::size_t) noexcept { ::operator delete(block); }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/test_build.h"
+#include "coro/test_context.h"
 
 namespace roost {
 namespace {
@@ -68,6 +69,46 @@ TEST(FrameAllocator, WhatIsKeptAfterABurstIsBounded) {
   for (void* block : blocks) free_frame(block, kSize);
   // The cache, the regions that its blocks keep from going, and the spare ones.
   EXPECT_LT(resident_bytes(), before + (16 << 20));
+}
+
+TEST(FrameAllocator, WhatAContextFreesGoesBackOnceItIsIdle) {
+  if (kSanitized) GTEST_SKIP() << "a sanitizer keeps memory of its own";
+  constexpr std::size_t kSize = 512;
+  constexpr std::size_t kMany = (128 << 20) / kSize;
+  std::vector<void*> blocks(kMany);
+  std::memset(blocks.data(), 1, kMany * sizeof(void*));
+  while (release_frame_memory()) {
+  }
+  const std::size_t before = resident_bytes();
+  for (void*& block : blocks) std::memset(block = allocate_frame(kSize), 1, kSize);
+  {
+    TestContext context(0);
+    TestScope scope(context);
+    for (void* block : blocks) free_frame(block, kSize);
+  }
+  EXPECT_GT(resident_bytes(), before + kMany * kSize / 2) << "returned while the loop was busy";
+  int pieces = 0;
+  while (release_frame_memory()) ++pieces;
+  EXPECT_GT(pieces, 1);
+  EXPECT_LT(resident_bytes(), before + (16 << 20));
+}
+
+TEST(FrameAllocator, ABusyContextKeepsSoMuchAndNoMore) {
+  if (kSanitized) GTEST_SKIP() << "a sanitizer keeps memory of its own";
+  constexpr std::size_t kSize = 2048;
+  constexpr std::size_t kMany = (400 << 20) / kSize;
+  std::vector<void*> blocks(kMany);
+  std::memset(blocks.data(), 1, kMany * sizeof(void*));
+  const std::size_t before = resident_bytes();
+  for (void*& block : blocks) std::memset(block = allocate_frame(kSize), 1, kSize);
+  {
+    TestContext context(0);
+    TestScope scope(context);
+    for (void* block : blocks) free_frame(block, kSize);
+  }
+  EXPECT_LT(resident_bytes(), before + (272 << 20));
+  while (release_frame_memory()) {
+  }
 }
 
 TEST(FrameAllocator, ABlockMayBeFreedOnAnotherThread) {

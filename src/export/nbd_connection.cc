@@ -44,28 +44,38 @@ struct NbdConnection::Chunk {
   std::span<std::byte> room() { return std::span(bytes).subspan(filled); }
 };
 
-// A reply as it goes out: header and payload in one piece of memory.
-struct NbdConnection::Reply {
+// A reply as it goes out: header and payload in one piece of memory. The header ends on a cache
+// line, since copying to the payload is quicker where that starts on one.
+struct alignas(BufferCache::kAlignment) NbdConnection::Reply {
   Reply* next = nullptr;
-  std::size_t size;        // header and payload to send
-  std::size_t bytes_held;  // of the connection's limit
+  std::size_t size;         // header and payload to send
+  std::size_t bytes_held;   // of the connection's limit
+  std::size_t memory_size;  // of all of it
+  std::byte unused[16];
+  std::byte header[nbd::kSimpleReplySize];
 
-  static Reply* make(std::size_t payload, std::size_t held) {
-    void* memory = std::malloc(sizeof(Reply) + nbd::kSimpleReplySize + payload);
+  static Reply* make(BufferCache& cache, std::size_t payload, std::size_t held) {
+    const std::size_t memory_size = sizeof(Reply) + payload;
+    void* const memory = cache.take(memory_size);
     if (!memory) return nullptr;
-    return ::new (memory) Reply{.size = nbd::kSimpleReplySize + payload, .bytes_held = held};
+    auto* const reply = ::new (memory) Reply;
+    reply->size = nbd::kSimpleReplySize + payload;
+    reply->bytes_held = held;
+    reply->memory_size = memory_size;
+    return reply;
   }
-  static void free(Reply* reply) noexcept { std::free(reply); }
+  static void free(BufferCache& cache, Reply* reply) noexcept {
+    cache.give_back(reply, reply->memory_size);
+  }
 
-  std::byte* bytes() noexcept { return reinterpret_cast<std::byte*>(this + 1); }
+  std::byte* bytes() noexcept { return header; }
   std::span<std::byte> payload() noexcept {
-    return {bytes() + nbd::kSimpleReplySize, size - nbd::kSimpleReplySize};
+    return {reinterpret_cast<std::byte*>(this + 1), size - nbd::kSimpleReplySize};
   }
   void set_header(int error, std::uint64_t cookie) noexcept {
     const std::uint32_t code = error ? nbd::to_nbd_error(error) : 0;
     if (code) size = nbd::kSimpleReplySize;  // no data behind an error
-    nbd::encode_simple_reply(
-        std::span<std::byte, nbd::kSimpleReplySize>(bytes(), nbd::kSimpleReplySize), code, cookie);
+    nbd::encode_simple_reply(header, code, cookie);
   }
 };
 
@@ -186,7 +196,9 @@ Task<bool> NbdConnection::negotiate() {
   unparsed_ = input;
   chunk_->filled = kChunkSize;  // until unparsed_ is used up
 
-  AioContext& home = server_.choose_context(chosen.export_index);
+  const std::size_t number = server_.choose_context(chosen.export_index);
+  AioContext& home = *server_.options_.io_contexts[number];
+  reply_memory_ = server_.reply_memory_[number].get();
   place_ = Place{chosen.export_index, &home};
   co_await move_to(home);
   context_ = &home;
@@ -237,6 +249,8 @@ Task<void> NbdConnection::transmit() {
     reader_waits_ = true;
     co_await yield();
   }
+  // Nobody on this context is being answered: what is kept is of no use for now.
+  if (reply_memory_->taken() == 0) reply_memory_->clear();
   if (!dead_) co_await see_replies_off();
 }
 
@@ -372,7 +386,7 @@ Task<bool> NbdConnection::accept_write(std::span<const std::byte>& input,
 // ---- Requests
 
 Task<void> NbdConnection::run_read(nbd::Request request) {
-  Reply* reply = Reply::make(request.length, request.length);
+  Reply* reply = Reply::make(*reply_memory_, request.length, request.length);
   if (!reply) {
     reply_error(request, ENOMEM, request.length);
     co_return;
@@ -384,7 +398,7 @@ Task<void> NbdConnection::run_read(nbd::Request request) {
     result = out_of_memory();
   }
   if (!result) {
-    Reply::free(reply);
+    Reply::free(*reply_memory_, reply);
     reply_result(request, result, request.length);
     co_return;
   }
@@ -439,7 +453,7 @@ void NbdConnection::reply_result(const nbd::Request& request, const Result<void>
 }
 
 void NbdConnection::reply_error(const nbd::Request& request, int error, std::size_t bytes_held) {
-  Reply* reply = Reply::make(0, bytes_held);
+  Reply* reply = Reply::make(*reply_memory_, 0, bytes_held);
   if (!reply) {
     // Not even sixteen bytes: the client cannot be told, so it has to go.
     give_up("out of memory");
@@ -507,7 +521,7 @@ Task<void> NbdConnection::sender() {
       first_reply_ = reply->next;
       if (!first_reply_) last_reply_ = nullptr;
       give_place_back(reply->bytes_held);
-      Reply::free(reply);
+      Reply::free(*reply_memory_, reply);
     }
     wake_reader();
   }

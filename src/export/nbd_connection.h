@@ -20,6 +20,7 @@
 #include <string>
 #include <string_view>
 
+#include "export/buffer_cache.h"
 #include "roost/aio/timer.h"
 #include "roost/export/nbd_server.h"
 #include "roost/nbd/transmission.h"
@@ -89,6 +90,7 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   // The connection's context.
   AioContext* context_ = nullptr;
   std::optional<Place> place_;
+  BufferCache* reply_memory_ = nullptr;  // of the context
   BlockDriver* disk_ = nullptr;
   std::string export_name_;
   nbd::ExportLimits limits_;

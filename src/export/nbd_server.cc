@@ -60,6 +60,9 @@ NbdServer::NbdServer(Options options, std::vector<Export> exports)
     : options_(std::move(options)), exports_(std::move(exports)) {
   ROOST_CHECK(!options_.io_contexts.empty(), "a server needs an I/O context");
   for (const Export& exported : exports_) export_infos_.push_back(describe_export(exported));
+  for (std::size_t i = 0; i < options_.io_contexts.size(); ++i) {
+    reply_memory_.push_back(std::make_unique<BufferCache>());
+  }
   clients_.assign(exports_.size(), std::vector<unsigned>(options_.io_contexts.size()));
 }
 
@@ -116,12 +119,12 @@ void NbdServer::serve(UniqueFd client) {
   co_schedule(context, *co);
 }
 
-AioContext& NbdServer::choose_context(std::size_t export_index) {
+std::size_t NbdServer::choose_context(std::size_t export_index) {
   std::lock_guard lock(mutex_);
   std::vector<unsigned>& counts = clients_[export_index];
   const auto least = std::min_element(counts.begin(), counts.end());
   ++*least;
-  return *options_.io_contexts[static_cast<std::size_t>(least - counts.begin())];
+  return static_cast<std::size_t>(least - counts.begin());
 }
 
 void NbdServer::connection_ended(NbdConnection& connection) {

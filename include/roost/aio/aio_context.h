@@ -28,6 +28,7 @@
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "roost/aio/back_end.h"
 #include "roost/aio/context_lock.h"
@@ -116,6 +117,14 @@ class AioContext final : private AioContextIndex, public CoContext {
   /// Whether this thread keeps the context from dispatching on another: it has acquired it, or is
   /// dispatching it.
   bool acquired_here() const noexcept;
+
+  /// As a one-shot bottom half, but no reason for the context to be polled: it is dropped if the
+  /// context goes first. For diagnostics. Any thread.
+  void inspect(std::function<void()> function);
+
+  /// Calls `visit` with every living context, which stays meanwhile: `visit` must neither wait for
+  /// one nor make or destroy one. Any thread.
+  static void for_each(const std::function<void(AioContext&)>& visit);
 
   /// Sets, replaces or (all members empty) removes the handler of `fd`. After a removal nothing of
   /// the handler is called any more, and `fd` may be closed.
@@ -206,6 +215,8 @@ class AioContext final : private AioContextIndex, public CoContext {
 
   static bool run_bottom_half(CallbackEntry& entry) noexcept;
   static bool end_of_notify(CallbackEntry& entry) noexcept;
+  static bool run_inspections(CallbackEntry& entry) noexcept;
+  void report_inhabitants() const;
 
   // Constant.
   const AioContextOptions options_;
@@ -221,6 +232,13 @@ class AioContext final : private AioContextIndex, public CoContext {
     std::atomic<bool> queued{false};  // true: somebody owns the entry and has posted it
   };
   NotifyEntry notify_entry_{*this};
+  struct InspectEntry : CallbackEntry {
+    InspectEntry() noexcept : CallbackEntry(&run_inspections) {}
+    std::mutex mutex;  // guards the rest
+    std::vector<std::function<void()>> functions;
+    bool queued = false;
+  };
+  InspectEntry inspect_entry_;
   std::atomic<int> bottom_halves_{0};  // alive
   std::atomic<const char*> back_end_name_;
   ContextLock<RealPlatform, FutexPark> lock_;

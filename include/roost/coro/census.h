@@ -51,6 +51,10 @@ std::vector<CoroutineInfo> list_coroutines();
 /// REQUIRES: a current context, on the thread that polls it.
 std::vector<CoroutineInfo> list_coroutines_here();
 
+/// Writes a line on stderr for each living coroutine, for the first ones of many. Returns how many
+/// there are. Called when the process exits. Any thread.
+std::size_t report_leaked_coroutines() noexcept;
+
 /// The co_await expressions that the running coroutine is in, innermost first; empty outside of any
 /// coroutine. No allocation: at most `size` places are stored. Returns how many.
 std::size_t own_await_chain(Coroutine::Place* places, std::size_t size) noexcept;

@@ -5,8 +5,9 @@
 // Threads: any. Each thread has a cache of its own; a block may be freed on another thread than
 // the one that allocated it, and then joins the cache there.
 // Lifetime: a cache holds at most kFrameCacheBytes of each block size and is emptied when its
-// thread ends; memory all of whose blocks are free goes back to the system. Under AddressSanitizer
-// nothing is cached, so that a use after free is seen.
+// thread ends; memory all of whose blocks are free goes back to the system: at once where it was
+// freed outside of any event loop, otherwise when a loop is idle, or beyond 256 MiB. Under
+// AddressSanitizer nothing is cached, so that a use after free is seen.
 #pragma once
 
 #include <cstddef>
@@ -38,6 +39,10 @@ void free_control_block(void* block) noexcept;
 /// freed, but no memory of theirs goes back to the system. (Under AddressSanitizer it visits those
 /// in use, and nobody can allocate or free one.)
 void for_each_control_block(void (*visit)(void* block, void* argument), void* argument);
+
+/// Gives a piece of unused memory back to the system. True: it did, and there may be more. For
+/// contexts, before they sleep.
+bool release_frame_memory() noexcept;
 
 /// Base for classes that live in frame memory.
 struct FrameAllocated {

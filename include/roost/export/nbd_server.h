@@ -27,6 +27,7 @@
 
 namespace roost {
 
+class BufferCache;
 class NbdConnection;
 
 /// What one client may hold at a time, so that it costs its own connection and no more.
@@ -78,13 +79,15 @@ class NbdServer {
   struct Listener;
 
   void accept_some(Listener& listener);
-  AioContext& choose_context(std::size_t export_index);
+  std::size_t choose_context(std::size_t export_index);  // its place in io_contexts
   void connection_ended(NbdConnection& connection);
   void log(const std::string& line) const { options_.log(line); }
 
   const Options options_;
   const std::vector<Export> exports_;
   std::vector<nbd::ExportInfo> export_infos_;  // constant once constructed
+
+  std::vector<std::unique_ptr<BufferCache>> reply_memory_;  // one a context, used only there
 
   // Main thread.
   std::vector<std::unique_ptr<Listener>> listeners_;
