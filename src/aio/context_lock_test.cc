@@ -201,7 +201,7 @@ struct CountingPlatform {
 };
 
 struct NoPark {
-  static constexpr unsigned kSpins = 0;
+  [[maybe_unused]] static constexpr unsigned kSpins = 0;
   static void wait(const CountingPlatform::Atomic<std::uint64_t>&, std::uint64_t) noexcept {}
   static void wake(const CountingPlatform::Atomic<std::uint64_t>*) noexcept {}
 };
