@@ -18,6 +18,7 @@
 #include <string>
 #include <system_error>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "aio/test_loop.h"
@@ -206,7 +207,7 @@ TEST_P(DirectFile, ACancelledWriteHasNotHappenedOrIsDone) {
     IoAwaiter io = io_writev(file_.get(), parts, i * kBlock);
     io.request().direct = true;
     CancellableIoAwaiter cancellable(io.request(), source.get_token());
-    results[i] = co_await cancellable;
+    results[i] = co_await std::move(cancellable);
     ++done;
   };
   for (std::size_t i = 0; i < kWrites; ++i) Coroutine::create(body(i))->enter();

@@ -77,6 +77,8 @@ class [[nodiscard]] CancellableIoAwaiter {
   CancellableIoAwaiter(const CancellableIoAwaiter&) = delete;
   CancellableIoAwaiter& operator=(const CancellableIoAwaiter&) = delete;
 
+  AwaitInPlace<CancellableIoAwaiter> operator co_await() && noexcept { return AwaitInPlace(*this); }
+
   bool await_ready();
 
   template <class Promise>

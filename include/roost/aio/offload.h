@@ -125,6 +125,8 @@ class [[nodiscard]] OffloadAwaiter {
   OffloadAwaiter(const OffloadAwaiter&) = delete;
   OffloadAwaiter& operator=(const OffloadAwaiter&) = delete;
 
+  AwaitInPlace<OffloadAwaiter> operator co_await() && noexcept { return AwaitInPlace(*this); }
+
   bool await_ready() const noexcept { return false; }
 
   template <class Promise>
@@ -155,6 +157,10 @@ class [[nodiscard]] CancellableOffloadAwaiter {
       : job_(pool, std::forward<F>(function)), stop_(std::move(stop)) {}
   CancellableOffloadAwaiter(const CancellableOffloadAwaiter&) = delete;
   CancellableOffloadAwaiter& operator=(const CancellableOffloadAwaiter&) = delete;
+
+  AwaitInPlace<CancellableOffloadAwaiter> operator co_await() && noexcept {
+    return AwaitInPlace(*this);
+  }
 
   bool await_ready() const noexcept { return stop_.stop_requested(); }
 
