@@ -8,13 +8,16 @@
 
 #include <array>
 #include <atomic>
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <stop_token>
 #include <thread>
 #include <vector>
 
 #include "roost/aio/aio_context.h"
 #include "roost/aio/iothread.h"
+#include "roost/aio/timer.h"
 #include "roost/coro/completion.h"
 #include "roost/coro/coroutine.h"
 #include "roost/coro/task.h"
@@ -360,6 +363,38 @@ void task_group(benchmark::State& state) {
   crew.measure(state, 1);
 }
 BENCHMARK(task_group)->ArgName("children")->Arg(2)->Arg(100)->UseManualTime();
+
+constexpr std::int64_t kFarAwayNs = 3'600'000'000'000;
+
+// Each wait has a stop of its own, as a request with a deadline has.
+Task<> waiter(Crew& crew, std::optional<std::stop_source>& stop) {
+  bench::Counter& waits = crew.counter(0);
+  while (crew.running()) {
+    stop.emplace();
+    const roost::Result<void> slept = co_await roost::sleep_for(kFarAwayNs, stop->get_token());
+    if (!slept) waits.add();
+  }
+  stop.reset();
+  crew.ended();
+}
+
+Task<> stopper(Crew& crew, AioContext& context, std::optional<std::stop_source>& stop) {
+  while (stop) {
+    stop->request_stop();
+    co_await move_to(context);
+  }
+  crew.ended();
+}
+
+void cancel(benchmark::State& state) {
+  Crew crew(2);
+  Loop loop;
+  std::optional<std::stop_source> stop;
+  spawn(loop.context(), waiter(crew, stop));
+  spawn(loop.context(), stopper(crew, loop.context(), stop));
+  crew.measure(state, 1);
+}
+BENCHMARK(cancel)->UseManualTime();
 
 Task<> busy(Crew& crew, AioContext& context) {
   while (crew.running()) co_await move_to(context);

@@ -10,7 +10,10 @@
 
 #include <atomic>
 #include <boost/asio/awaitable.hpp>
+#include <boost/asio/basic_waitable_timer.hpp>
+#include <boost/asio/bind_cancellation_slot.hpp>
 #include <boost/asio/bind_executor.hpp>
+#include <boost/asio/cancellation_signal.hpp>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/deferred.hpp>
 #include <boost/asio/detached.hpp>
@@ -21,6 +24,8 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/posix/basic_stream_descriptor.hpp>
 #include <boost/asio/post.hpp>
+#include <boost/asio/redirect_error.hpp>
+#include <chrono>
 #include <cstddef>
 #include <exception>
 #include <memory>
@@ -443,6 +448,43 @@ void task_group(benchmark::State& state) {
   crew.measure(state, 1);
 }
 BENCHMARK(task_group)->ArgName("children")->Arg(2)->Arg(100)->UseManualTime();
+
+using Timer = asio::basic_waitable_timer<std::chrono::steady_clock,
+                                         asio::wait_traits<std::chrono::steady_clock>, Executor>;
+constexpr std::chrono::hours kFarAway{1};
+
+// A timer and a cancellation signal for each wait, as a request with a deadline has.
+Awaitable<> waiter(Crew& crew, Executor executor, std::optional<asio::cancellation_signal>& stop) {
+  bench::Counter& waits = crew.counter(0);
+  while (crew.running()) {
+    stop.emplace();
+    Timer timer(executor, kFarAway);
+    boost::system::error_code error;
+    co_await timer.async_wait(
+        asio::bind_cancellation_slot(stop->slot(), asio::redirect_error(asio::deferred, error)));
+    if (error == asio::error::operation_aborted) waits.add();
+  }
+  stop.reset();
+  crew.ended();
+}
+
+Awaitable<> stopper(Crew& crew, std::optional<asio::cancellation_signal>& stop) {
+  while (stop) {
+    stop->emit(asio::cancellation_type::all);
+    co_await asio::post(asio::deferred);
+  }
+  crew.ended();
+}
+
+void cancel(benchmark::State& state) {
+  Crew crew(2);
+  Loop loop;
+  std::optional<asio::cancellation_signal> stop;
+  asio::co_spawn(loop.executor(), waiter(crew, loop.executor(), stop), asio::detached);
+  asio::co_spawn(loop.executor(), stopper(crew, stop), asio::detached);
+  crew.measure(state, 1);
+}
+BENCHMARK(cancel)->UseManualTime();
 
 Awaitable<> busy(Crew& crew) {
   while (crew.running()) co_await asio::post(asio::deferred);

@@ -107,7 +107,17 @@ ContextIndices& context_indices() {
   return indices;
 }
 
-bool choose_io_uring(EventLoop loop) {
+bool choose_io_uring(EventLoop loop, FileIo file_io) {
+  if (file_io == FileIo::kLinuxAio && !linux_aio_available()) {
+    throw std::system_error(ENOSYS, std::generic_category(), "Linux AIO");
+  }
+  if (file_io == FileIo::kIoUring) {
+    if (loop == EventLoop::kEpoll) {
+      throw std::system_error(EINVAL, std::generic_category(),
+                              "files through io_uring need the io_uring event loop");
+    }
+    loop = EventLoop::kIoUring;
+  }
   if (loop == EventLoop::kEpoll) return false;
   const bool available = io_uring_available();
   if (loop == EventLoop::kIoUring && !available) {
@@ -136,7 +146,7 @@ AioContext::AioContext(AioContextOptions options)
       options_(std::move(options)),
       poll_budget_(options_.poll_budget ? *options_.poll_budget : PollBudget::of_process()),
       wake_fd_(options_.provider ? -1 : make_wake_fd()),
-      use_io_uring_(!options_.provider && choose_io_uring(options_.event_loop)),
+      use_io_uring_(!options_.provider && choose_io_uring(options_.event_loop, options_.file_io)),
       back_end_name_(options_.provider ? "simulated"
                      : use_io_uring_   ? "io_uring"
                                        : "epoll") {
@@ -213,14 +223,15 @@ void AioContext::make_back_end() {
     back_end_ = options_.provider->make_back_end(*this);
   } else if (use_io_uring_) {
     try {
-      back_end_ = make_io_uring_back_end(*this, wake_fd_.get());
+      back_end_ =
+          make_io_uring_back_end(*this, wake_fd_.get(), options_.file_io, options_.thread_pool);
     } catch (const std::system_error&) {
       // The trial ring could be had, this one not (locked memory used up, say).
-      if (options_.event_loop == EventLoop::kIoUring) throw;
+      if (options_.event_loop == EventLoop::kIoUring || options_.file_io == FileIo::kIoUring) throw;
     }
   }
   if (!back_end_) {
-    back_end_ = make_epoll_back_end(*this, wake_fd_.get(), options_.thread_pool);
+    back_end_ = make_epoll_back_end(*this, wake_fd_.get(), options_.file_io, options_.thread_pool);
   }
   back_end_name_.store(back_end_->name(), std::memory_order_relaxed);
   for (auto& [fd, watch] : watches_) back_end_->watch_changed(*watch);

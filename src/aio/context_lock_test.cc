@@ -163,6 +163,8 @@ TEST_F(ContextLocks, OnlyTheOutermostReleaseGivesItUp) {
 
 // Counts the atomic read-modify-writes and stores, and the loads.
 struct CountingPlatform {
+  using Mutex = RealPlatform::Mutex;
+
   static inline int writes = 0;
   static inline int loads = 0;
 
@@ -201,7 +203,7 @@ struct CountingPlatform {
 };
 
 struct NoPark {
-  static constexpr unsigned kSpins = 0;
+  [[maybe_unused]] static constexpr unsigned kSpins = 0;
   static void wait(const CountingPlatform::Atomic<std::uint64_t>&, std::uint64_t) noexcept {}
   static void wake(const CountingPlatform::Atomic<std::uint64_t>*) noexcept {}
 };

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 // The epoll loop, for kernels and containers that refuse io_uring: sockets are tried first and
 // waited for where that would block; files are read without waiting where the page cache has the
-// data, and everything else goes to a thread pool.
+// data, and everything else goes to a thread pool or, where the file is read and written directly,
+// to Linux AIO.
 //
-// Threads: home thread; workers touch only the Job they were given.
+// Threads: home thread.
 // Lifetime: a descriptor has either a handler (FdWatch) or requests waiting on it, never both.
 
 #include <poll.h>
@@ -12,15 +13,16 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cerrno>
+#include <optional>
 #include <system_error>
 #include <unordered_map>
 #include <vector>
 
+#include "aio/file_engine.h"
+#include "aio/requests.h"
 #include "roost/aio/aio_context.h"
 #include "roost/aio/back_end.h"
-#include "roost/aio/thread_pool.h"
 #include "roost/aio/unique_fd.h"
 #include "roost/base/check.h"
 
@@ -38,32 +40,36 @@ constexpr unsigned kMaxImmediate = 64;
 
 class EpollBackEnd final : public BackEnd {
  public:
-  EpollBackEnd(AioContext& context, int wake_fd, std::shared_ptr<ThreadPool> pool)
-      : context_(context), wake_fd_(wake_fd), pool_(std::move(pool)) {
+  EpollBackEnd(AioContext& context, int wake_fd, FileIo file_io, std::shared_ptr<ThreadPool> pool)
+      : context_(context), wake_fd_(wake_fd) {
     epoll_fd_ = UniqueFd(::epoll_create1(EPOLL_CLOEXEC));
     if (!epoll_fd_) throw std::system_error(errno, std::generic_category(), "epoll_create1");
     epoll_event event{.events = EPOLLIN, .data = {.u64 = key(wake_fd, kWake)}};
     if (::epoll_ctl(epoll_fd_.get(), EPOLL_CTL_ADD, wake_fd, &event) < 0) {
       throw std::system_error(errno, std::generic_category(), "epoll_ctl");
     }
+    files_.emplace(context, requests_, *this, file_io, std::move(pool));
   }
 
   ~EpollBackEnd() override {
-    ROOST_CHECK(requests_in_flight_ == 0,
+    ROOST_CHECK(requests_.in_flight() == 0,
                 "context '{}' gives up its descriptors with {} requests in flight", context_.name(),
-                requests_in_flight_);
+                requests_.in_flight());
+    files_.reset();  // while there is something to take its descriptor away from
   }
 
   const char* name() const noexcept override { return "epoll"; }
 
   bool poll(std::int64_t timeout_ns) override {
     immediate_ = 0;
-    if (deferred_head_ || next_ready_ < ready_count_) {
+    files_->flush();
+    if (!not_tried_.empty() || requests_.some_have_ended() || next_ready_ < ready_count_) {
       // There is no wait, and the context must not be left asleep nor waited with awake.
       context_.wait_ended();
       timeout_ns = 0;
     }
-    bool progress = complete_deferred();
+    bool progress = try_those_put_off();
+    progress |= requests_.end_those_that_have();
     if (next_ready_ == ready_count_) gather(timeout_ns);
     // A nested poll continues after the event whose callback it was called from.
     while (next_ready_ < ready_count_) {
@@ -71,36 +77,57 @@ class EpollBackEnd final : public BackEnd {
       progress |= dispatch(static_cast<int>(event.data.u64 >> 2),
                            static_cast<Kind>(event.data.u64 & 3), event.events);
     }
-    return progress;
+    return requests_.end_those_that_have() || progress;
   }
 
-  void flush() override {}
+  void flush() override { files_->flush(); }
 
   bool ready() noexcept override {
-    return next_ready_ < ready_count_ || deferred_head_ || gather(0);
+    return next_ready_ < ready_count_ || !not_tried_.empty() || requests_.some_have_ended() ||
+           gather(0);
   }
 
   bool try_now(IoRequest& request) override {
-    if (immediate_ >= kMaxImmediate) return false;
-    request.result = request.execute(true);
-    if (request.result == -EAGAIN || request.result == -EOPNOTSUPP) return false;
+    if (immediate_ >= kMaxImmediate || request.direct) return false;
+    if (!attempt(request)) return false;
     ++immediate_;
     return true;
   }
 
   void start(IoRequest& request) override {
-    ++requests_in_flight_;
-    const bool socket = request.op == IoRequest::Op::kRecv || request.op == IoRequest::Op::kSendMsg;
-    if (immediate_ >= kMaxImmediate && socket) {
-      // It was not tried: try it when its turn comes in the next iteration.
-      request.next = nullptr;
-      (deferred_tail_ ? deferred_tail_->next : deferred_head_) = &request;
-      deferred_tail_ = &request;
-      ++deferred_count_;
-    } else if (socket) {
-      wait_for_socket(request);
+    requests_.started();
+    if (request.op == IoRequest::Op::kPoll) {
+      ROOST_CHECK(request.flags & (POLLIN | POLLOUT), "a poll of descriptor {} for no event",
+                  request.fd);
+    }
+    if (request.on_file() || must_block(request)) {
+      files_->start(request);
+    } else if (request.tried) {
+      wait_for_descriptor(request);
     } else {
-      hand_to_pool(request);
+      // Its turn comes in the next iteration.
+      request.stage = kNotTried;
+      not_tried_.push(request);
+      ++not_tried_count_;
+    }
+  }
+
+  void cancel(IoRequest& request) override {
+    if (std::exchange(request.cancelled, true)) return;
+    switch (static_cast<Stage>(request.stage)) {
+      case kWaiting:
+        stop_waiting(request);
+        requests_.end_later(request, -ECANCELED);
+        break;
+      case kInPool:
+      case kInLinuxAio:
+        files_->cancel(request);
+        break;
+      case kNotTried:  // it is told when its turn comes
+      case kHasEnded:
+      case kInRing:
+      case kPolledInRing:
+        break;
     }
   }
 
@@ -123,65 +150,42 @@ class EpollBackEnd final : public BackEnd {
     watches_[watch.fd] = &watch;
     if (wanted == watch.armed_events) return;
     epoll_event event{.events = wanted, .data = {.u64 = key(watch.fd, kWatch)}};
-    const int operation = watch.armed_events ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
-    ROOST_CHECK(::epoll_ctl(epoll_fd_.get(), operation, watch.fd, &event) == 0,
-                "descriptor {} of context '{}' cannot be waited for: errno {}", watch.fd,
+    // The kernel may still know a descriptor on which requests have waited.
+    const bool changed = (!watch.armed_events &&
+                          ::epoll_ctl(epoll_fd_.get(), EPOLL_CTL_ADD, watch.fd, &event) == 0) ||
+                         ((watch.armed_events || errno == EEXIST) &&
+                          ::epoll_ctl(epoll_fd_.get(), EPOLL_CTL_MOD, watch.fd, &event) == 0);
+    ROOST_CHECK(changed, "descriptor {} of context '{}' cannot be waited for: errno {}", watch.fd,
                 context_.name(), errno);
     watch.armed_events = wanted;
   }
 
  private:
-  enum Kind : std::uint64_t { kWake = 0, kWatch = 1, kSocket = 2 };
+  enum Kind : std::uint64_t { kWake = 0, kWatch = 1, kDescriptor = 2 };
   static std::uint64_t key(int fd, Kind kind) noexcept {
     return static_cast<std::uint64_t>(fd) << 2 | kind;
   }
 
-  // The requests that wait on one socket: one for each direction.
-  struct SocketWait {
-    IoRequest* recv = nullptr;
-    IoRequest* send = nullptr;
+  // The requests that wait on one descriptor: one for each direction, or the same for both.
+  struct Waiters {
+    IoRequest* in = nullptr;
+    IoRequest* out = nullptr;
+    bool none() const noexcept { return !in && !out; }
   };
 
-  struct Job : ThreadPool::Work, CallbackEntry {
-    Job(EpollBackEnd& owner, IoRequest& r)
-        : CallbackEntry(&deliver), back_end(owner), context(owner.context_), request(r) {
-      ThreadPool::Work::run = &execute;
-    }
-    static void execute(ThreadPool::Work& work) noexcept {
-      auto& job = static_cast<Job&>(work);
-      job.request.result = job.request.execute(false);
-      // After the post the job belongs to the context.
-      ROOST_CHECK(job.context.post(job), "I/O finished after its context '{}' was closed",
-                  job.context.name());
-    }
-    static bool deliver(CallbackEntry& entry) noexcept {
-      auto& job = static_cast<Job&>(entry);
-      IoRequest& r = job.request;
-      --job.back_end.requests_in_flight_;
-      delete &job;
-      r.complete(r);
-      return true;
-    }
-    EpollBackEnd& back_end;
-    AioContext& context;
-    IoRequest& request;
-  };
+  static bool waits_for_input(const IoRequest& r) noexcept {
+    return r.op == IoRequest::Op::kRecv || r.op == IoRequest::Op::kAccept ||
+           (r.op == IoRequest::Op::kPoll && (r.flags & POLLIN));
+  }
+  static bool waits_for_output(const IoRequest& r) noexcept {
+    return r.op == IoRequest::Op::kSendMsg || r.op == IoRequest::Op::kConnect ||
+           (r.op == IoRequest::Op::kPoll && (r.flags & POLLOUT));
+  }
 
-  // A request that failed before it was waited for; completed, as all are, from a later iteration.
-  struct Refusal : CallbackEntry {
-    Refusal(EpollBackEnd& owner, IoRequest& r)
-        : CallbackEntry(&deliver), back_end(owner), request(r) {}
-    static bool deliver(CallbackEntry& entry) noexcept {
-      auto& refusal = static_cast<Refusal&>(entry);
-      IoRequest& r = refusal.request;
-      --refusal.back_end.requests_in_flight_;
-      delete &refusal;
-      r.complete(r);
-      return true;
-    }
-    EpollBackEnd& back_end;
-    IoRequest& request;
-  };
+  // A Unix socket whose peer's queue is full cannot be waited for.
+  static bool must_block(const IoRequest& r) noexcept {
+    return r.op == IoRequest::Op::kConnect && r.tried && r.result == -EAGAIN;
+  }
 
   // Asks the kernel what is ready; true if something is. REQUIRES: all of ready_ is dispatched.
   bool gather(std::int64_t timeout_ns) noexcept {
@@ -215,8 +219,8 @@ class EpollBackEnd final : public BackEnd {
       }
       case kWatch:
         return dispatch_watch(fd, events);
-      case kSocket:
-        return dispatch_socket(fd, events);
+      case kDescriptor:
+        return dispatch_descriptor(fd, events);
     }
     return false;
   }
@@ -234,103 +238,120 @@ class EpollBackEnd final : public BackEnd {
     return true;
   }
 
-  bool dispatch_socket(int fd, std::uint32_t events) {
+  bool dispatch_descriptor(int fd, std::uint32_t events) {
     constexpr std::uint32_t kBoth = EPOLLERR | EPOLLHUP;
     bool progress = false;
-    if (events & (EPOLLIN | kBoth)) progress |= retry_direction(fd, &SocketWait::recv);
-    if (events & (EPOLLOUT | kBoth)) progress |= retry_direction(fd, &SocketWait::send);
+    if (events & (EPOLLIN | kBoth)) progress |= retry_direction(fd, &Waiters::in);
+    if (events & (EPOLLOUT | kBoth)) progress |= retry_direction(fd, &Waiters::out);
     return progress;
   }
 
   // What is not tried stays in the table, armed, where a nested poll finds it.
-  bool retry_direction(int fd, IoRequest* SocketWait::*direction) {
-    const auto found = sockets_.find(fd);
-    if (found == sockets_.end()) return false;
-    IoRequest* const request = std::exchange(found->second.*direction, nullptr);
-    if (found->second.recv || found->second.send) {
-      ROOST_CHECK(arm_socket(fd, found->second), "descriptor {} of context '{}' got lost: errno {}",
-                  fd, context_.name(), errno);
-    } else {
-      sockets_.erase(found);
+  bool retry_direction(int fd, IoRequest* Waiters::*direction) {
+    const auto found = waiters_.find(fd);
+    if (found == waiters_.end()) return false;
+    IoRequest* const request = found->second.*direction;
+    if (request) {
+      stop_waiting(*request);
+    }
+    if (const auto other = waiters_.find(fd); other != waiters_.end()) {
+      ROOST_CHECK(arm(fd, other->second), "descriptor {} of context '{}' got lost: errno {}", fd,
+                  context_.name(), errno);
     }
     return request && retry(*request);
   }
 
-  bool retry(IoRequest& request) {
+  // True: it was done, or has failed, without waiting.
+  static bool attempt(IoRequest& request) noexcept {
     request.result = request.execute(true);
-    if (request.result == -EAGAIN) {
-      wait_for_socket(request);
+    request.tried = true;
+    if (request.result == -EAGAIN) return false;
+    if (request.op == IoRequest::Op::kConnect) return request.result != -EINPROGRESS;
+    // A file system that cannot tell beforehand whether it would wait.
+    return !(request.on_file() && request.result == -EOPNOTSUPP);
+  }
+
+  bool retry(IoRequest& request) {
+    if (request.cancelled) {
+      request.result = -ECANCELED;
+    } else if (!attempt(request)) {
+      if (must_block(request)) {
+        files_->start(request);
+      } else {
+        wait_for_descriptor(request);
+      }
       return false;
     }
-    --requests_in_flight_;
-    request.complete(request);
+    requests_.end(request);
     return true;
   }
 
-  bool complete_deferred() {
+  bool try_those_put_off() {
     bool progress = false;
     // Only those that are there now; a nested poll may take some of them.
-    for (unsigned count = deferred_count_; count > 0 && deferred_head_; --count) {
-      IoRequest& request = *deferred_head_;
-      deferred_head_ = request.next;
-      if (!deferred_head_) deferred_tail_ = nullptr;
-      --deferred_count_;
-      progress |= retry(request);
+    for (unsigned count = not_tried_count_; count > 0 && not_tried_count_ > 0; --count) {
+      --not_tried_count_;
+      progress |= retry(*not_tried_.pop());
     }
     return progress;
   }
 
-  void wait_for_socket(IoRequest& request) {
-    SocketWait& wait = sockets_[request.fd];
-    IoRequest*& slot = request.op == IoRequest::Op::kRecv ? wait.recv : wait.send;
-    ROOST_CHECK(!slot, "two coroutines wait on one direction of descriptor {}", request.fd);
-    slot = &request;
-    if (arm_socket(request.fd, wait)) return;
+  void wait_for_descriptor(IoRequest& request) {
+    Waiters& waiters = waiters_[request.fd];
+    const auto enlist = [&request](IoRequest*& slot) {
+      ROOST_CHECK(!slot, "two coroutines wait on one direction of descriptor {}", request.fd);
+      slot = &request;
+    };
+    if (waits_for_input(request)) enlist(waiters.in);
+    if (waits_for_output(request)) enlist(waiters.out);
+    request.stage = kWaiting;
+    if (arm(request.fd, waiters)) return;
     // Too many descriptors are being waited for, or there is no memory: that is the request's loss.
     const int error = errno;
-    slot = nullptr;
-    if (!wait.recv && !wait.send) sockets_.erase(request.fd);
-    request.result = -error;
-    context_.post_here(*new Refusal(*this, request));
+    stop_waiting(request);
+    requests_.end_later(request, -error);
+  }
+
+  // The kernel may tell of the descriptor once more; nobody will be found to wait for it.
+  void stop_waiting(IoRequest& request) noexcept {
+    const auto found = waiters_.find(request.fd);
+    Waiters& waiters = found->second;
+    if (waiters.in == &request) waiters.in = nullptr;
+    if (waiters.out == &request) waiters.out = nullptr;
+    if (waiters.none()) waiters_.erase(found);
   }
 
   // One-shot: the descriptor may be closed and its number used again without our being told, so
   // nothing is assumed about what the kernel still knows.
-  bool arm_socket(int fd, const SocketWait& wait) {
+  bool arm(int fd, const Waiters& waiters) {
     epoll_event event{
-        .events = EPOLLONESHOT | (wait.recv ? EPOLLIN : 0u) | (wait.send ? EPOLLOUT : 0u),
-        .data = {.u64 = key(fd, kSocket)}};
+        .events = EPOLLONESHOT | (waiters.in ? EPOLLIN : 0u) | (waiters.out ? EPOLLOUT : 0u),
+        .data = {.u64 = key(fd, kDescriptor)}};
     return ::epoll_ctl(epoll_fd_.get(), EPOLL_CTL_MOD, fd, &event) == 0 ||
            (errno == ENOENT && ::epoll_ctl(epoll_fd_.get(), EPOLL_CTL_ADD, fd, &event) == 0);
   }
 
-  void hand_to_pool(IoRequest& request) {
-    if (!pool_) pool_ = std::make_shared<ThreadPool>();
-    pool_->submit(*new Job(*this, request));
-  }
-
   AioContext& context_;
   const int wake_fd_;
-  std::shared_ptr<ThreadPool> pool_;
   UniqueFd epoll_fd_;
   std::array<epoll_event, 128> ready_;
   unsigned ready_count_ = 0;
   unsigned next_ready_ = 0;
   std::unordered_map<int, FdWatch*> watches_;
-  std::unordered_map<int, SocketWait> sockets_;
-  IoRequest* deferred_head_ = nullptr;  // sockets whose operation was not tried yet
-  IoRequest* deferred_tail_ = nullptr;
-  unsigned deferred_count_ = 0;
+  std::unordered_map<int, Waiters> waiters_;
+  Requests requests_;
+  RequestList not_tried_;
+  unsigned not_tried_count_ = 0;
   unsigned immediate_ = 0;
-  unsigned requests_in_flight_ = 0;
   bool coarse_ = false;  // the kernel has no epoll_pwait2
+  std::optional<FileEngines> files_;
 };
 
 }  // namespace
 
-std::unique_ptr<BackEnd> make_epoll_back_end(AioContext& context, int wake_fd,
+std::unique_ptr<BackEnd> make_epoll_back_end(AioContext& context, int wake_fd, FileIo file_io,
                                              std::shared_ptr<ThreadPool> pool) {
-  return std::make_unique<EpollBackEnd>(context, wake_fd, std::move(pool));
+  return std::make_unique<EpollBackEnd>(context, wake_fd, file_io, std::move(pool));
 }
 
 }  // namespace roost

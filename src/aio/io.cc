@@ -2,6 +2,7 @@
 #include "roost/aio/io.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -19,6 +20,78 @@ void IoAwaiter::Request::start() noexcept {
   complete = [](IoRequest& request) noexcept { wake_waiter(*static_cast<Request&>(request).co); };
   context->back_end().start(*this);
 }
+
+CancellableIoAwaiter::CancellableIoAwaiter(const IoRequest& what, std::stop_token stop) noexcept
+    : request_(what), stop_(std::move(stop)) {
+  request_.awaiter = this;
+}
+
+CancellableIoAwaiter::Relay::Relay(CancellableIoAwaiter& a) noexcept
+    : StopRelay(
+          *a.request_.context,
+          [](StopRelay& relay) noexcept {
+            auto& self = static_cast<Relay&>(relay).awaiter;
+            self.request_.cancelled = !self.started_;
+            if (self.started_) self.request_.context->back_end().cancel(self.request_);
+          },
+          [](StopRelay& relay) noexcept {
+            wake_waiter(*static_cast<Relay&>(relay).awaiter.request_.co);
+          }),
+      awaiter(a) {}
+
+bool CancellableIoAwaiter::await_ready() {
+  request_.result = -ECANCELED;
+  if (stop_.stop_requested()) return true;
+  request_.context = AioContext::current();
+  if (request_.context->back_end().try_now(request_)) return true;
+  if (!stop_.stop_possible()) return false;
+  relay_.emplace(*this).watch(stop_);
+  if (!request_.cancelled) return false;
+  // Requested between the two looks.
+  request_.result = -ECANCELED;
+  return true;
+}
+
+void CancellableIoAwaiter::start() noexcept {
+  request_.complete = [](IoRequest& ended) noexcept {
+    auto& request = static_cast<Request&>(ended);
+    auto& relay = request.awaiter->relay_;
+    if (!relay || relay->ended()) wake_waiter(*request.co);
+  };
+  started_ = true;
+  request_.context->back_end().start(request_);
+}
+
+namespace {
+
+int poll_now(int fd, short events, int timeout_ms) noexcept {
+  pollfd one{.fd = fd, .events = events, .revents = 0};
+  const int count = ::poll(&one, 1, timeout_ms);
+  return count > 0 ? one.revents : count;
+}
+
+void set_blocking(int fd, bool blocking) noexcept {
+  const int flags = ::fcntl(fd, F_GETFL);
+  const int wanted = blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK;
+  if (flags >= 0 && flags != wanted) ::fcntl(fd, F_SETFL, wanted);
+}
+
+// One that is under way (EINPROGRESS) is done once the socket is writable.
+int connect_now(const IoRequest& request, bool dont_wait) noexcept {
+  if (!request.tried || !dont_wait) {
+    set_blocking(request.fd, !dont_wait);
+    return ::connect(request.fd, static_cast<const sockaddr*>(request.address), request.length);
+  }
+  const int ready = poll_now(request.fd, POLLOUT, 0);
+  if (ready < 0) return ready;
+  int error = EINPROGRESS;
+  socklen_t length = sizeof error;
+  if (ready > 0 && ::getsockopt(request.fd, SOL_SOCKET, SO_ERROR, &error, &length) < 0) return -1;
+  errno = error;
+  return error == 0 ? 0 : -1;
+}
+
+}  // namespace
 
 std::int64_t IoRequest::execute(bool dont_wait) const noexcept {
   std::int64_t done = 0;
@@ -49,6 +122,17 @@ std::int64_t IoRequest::execute(bool dont_wait) const noexcept {
       case Op::kSendMsg:
         done = ::sendmsg(fd, static_cast<const msghdr*>(address),
                          flags | (dont_wait ? MSG_DONTWAIT : 0));
+        break;
+      case Op::kAccept:
+        if (dont_wait) set_blocking(fd, false);
+        done = ::accept4(fd, nullptr, nullptr, flags);
+        break;
+      case Op::kConnect:
+        done = connect_now(*this, dont_wait);
+        break;
+      case Op::kPoll:
+        done = poll_now(fd, static_cast<short>(flags), dont_wait ? 0 : -1);
+        if (done == 0) done = (errno = EAGAIN, -1);
         break;
     }
   } while (done < 0 && errno == EINTR);

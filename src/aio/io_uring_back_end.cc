@@ -12,8 +12,12 @@
 
 #include <cerrno>
 #include <cstring>
+#include <optional>
 #include <system_error>
+#include <utility>
 
+#include "aio/file_engine.h"
+#include "aio/requests.h"
 #include "roost/aio/aio_context.h"
 #include "roost/aio/back_end.h"
 #include "roost/base/check.h"
@@ -55,17 +59,22 @@ constexpr std::uint64_t kTagMask = 7;
 
 class IoUringBackEnd final : public BackEnd {
  public:
-  IoUringBackEnd(AioContext& context, int wake_fd) : context_(context), wake_fd_(wake_fd) {
+  IoUringBackEnd(AioContext& context, int wake_fd, FileIo file_io, std::shared_ptr<ThreadPool> pool)
+      : context_(context), wake_fd_(wake_fd) {
     if (const int error = set_up_ring(ring_, kSubmissions); error < 0) {
       throw std::system_error(-error, std::generic_category(), "io_uring_queue_init");
     }
     watch_wake_fd();
+    if (file_io == FileIo::kPool || file_io == FileIo::kLinuxAio) {
+      files_.emplace(context, requests_, *this, file_io, std::move(pool));
+    }
   }
 
   ~IoUringBackEnd() override {
-    ROOST_CHECK(requests_in_flight_ == 0,
+    ROOST_CHECK(requests_.in_flight() == 0,
                 "context '{}' gives up its ring with {} requests in flight", context_.name(),
-                requests_in_flight_);
+                requests_.in_flight());
+    files_.reset();
     closing_ = true;
     io_uring_sqe* sqe = next_sqe();
     io_uring_prep_cancel64(sqe, 0, IORING_ASYNC_CANCEL_ANY | IORING_ASYNC_CANCEL_ALL);
@@ -83,7 +92,8 @@ class IoUringBackEnd final : public BackEnd {
 
   bool poll(std::int64_t timeout_ns) override {
     immediate_ = 0;
-    if (timeout_ns == 0 || io_uring_cq_ready(&ring_) > 0) {
+    if (files_) files_->flush();
+    if (timeout_ns == 0 || io_uring_cq_ready(&ring_) > 0 || requests_.some_have_ended()) {
       flush();
     } else if (timeout_ns < 0) {
       io_uring_submit_and_wait(&ring_, 1);
@@ -94,10 +104,12 @@ class IoUringBackEnd final : public BackEnd {
       io_uring_submit_and_wait_timeout(&ring_, &first, 1, &limit, nullptr);
     }
     context_.wait_ended();
-    return reap();
+    const bool reaped = reap();
+    return requests_.end_those_that_have() || reaped;
   }
 
   void flush() override {
+    if (files_) files_->flush();
     // The kernel runs deferred completion work only in a call that asks for events.
     if (io_uring_sq_ready(&ring_) > 0) {
       io_uring_submit_and_get_events(&ring_);
@@ -107,7 +119,7 @@ class IoUringBackEnd final : public BackEnd {
   }
 
   bool ready() noexcept override {
-    return io_uring_cq_ready(&ring_) > 0 ||
+    return io_uring_cq_ready(&ring_) > 0 || requests_.some_have_ended() ||
            (kernel_flags() & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
   }
 
@@ -123,10 +135,24 @@ class IoUringBackEnd final : public BackEnd {
   }
 
   void start(IoRequest& request) override {
-    io_uring_sqe* sqe = next_sqe();
-    prepare(*sqe, request);
-    io_uring_sqe_set_data64(sqe, reinterpret_cast<std::uint64_t>(&request) | kRequest);
-    ++requests_in_flight_;
+    requests_.started();
+    if (files_ && request.on_file()) {
+      files_->start(request);
+    } else {
+      put_into_ring(request);
+    }
+  }
+
+  // Whether the kernel could end it early is told by its own completion.
+  void cancel(IoRequest& request) override {
+    if (std::exchange(request.cancelled, true)) return;
+    if (request.stage == kInRing || request.stage == kPolledInRing) {
+      io_uring_sqe* sqe = next_sqe();
+      io_uring_prep_cancel64(sqe, reinterpret_cast<std::uint64_t>(&request) | kRequest, 0);
+      io_uring_sqe_set_data64(sqe, kNobody);
+    } else if (request.stage == kInPool || request.stage == kInLinuxAio) {
+      files_->cancel(request);
+    }
   }
 
   void watch_changed(FdWatch& watch) override {
@@ -161,6 +187,13 @@ class IoUringBackEnd final : public BackEnd {
     return sqe;
   }
 
+  void put_into_ring(IoRequest& request) {
+    request.stage = kInRing;
+    io_uring_sqe* sqe = next_sqe();
+    prepare(*sqe, request);
+    io_uring_sqe_set_data64(sqe, reinterpret_cast<std::uint64_t>(&request) | kRequest);
+  }
+
   static void prepare(io_uring_sqe& sqe, const IoRequest& r) noexcept {
     switch (r.op) {
       case IoRequest::Op::kRead:
@@ -186,6 +219,15 @@ class IoUringBackEnd final : public BackEnd {
       case IoRequest::Op::kSendMsg:
         io_uring_prep_sendmsg(&sqe, r.fd, static_cast<const msghdr*>(r.address),
                               static_cast<unsigned>(r.flags));
+        break;
+      case IoRequest::Op::kAccept:
+        io_uring_prep_accept(&sqe, r.fd, nullptr, nullptr, r.flags);
+        break;
+      case IoRequest::Op::kConnect:
+        io_uring_prep_connect(&sqe, r.fd, static_cast<const sockaddr*>(r.address), r.length);
+        break;
+      case IoRequest::Op::kPoll:
+        io_uring_prep_poll_add(&sqe, r.fd, static_cast<unsigned>(r.flags));
         break;
     }
   }
@@ -223,20 +265,8 @@ class IoUringBackEnd final : public BackEnd {
 
   bool dispatch(std::uint64_t data, int result, bool last) {
     switch (static_cast<Tag>(data & kTagMask)) {
-      case kRequest: {
-        auto& request = *reinterpret_cast<IoRequest*>(data);
-        --requests_in_flight_;
-        if (result == -EAGAIN && request.op == IoRequest::Op::kRecv && !request.tried &&
-            !(request.flags & MSG_DONTWAIT)) {
-          // Not a descriptor that can be polled: let the call itself say what is wrong with it.
-          request.tried = true;
-          start(request);
-          return false;
-        }
-        request.result = result;
-        request.complete(request);
-        return true;
-      }
+      case kRequest:
+        return ended(*reinterpret_cast<IoRequest*>(data), result);
       case kWatch:
         return watch_fired(*reinterpret_cast<FdWatch*>(data & ~kTagMask), result);
       case kWake:
@@ -246,6 +276,32 @@ class IoUringBackEnd final : public BackEnd {
         return false;
     }
     return false;
+  }
+
+  bool ended(IoRequest& request, int result) {
+    if (request.cancelled) {
+      // Had nothing yet, or was interrupted by the cancellation.
+      if (result == -EAGAIN || result == -EINTR) result = -ECANCELED;
+    } else if (request.stage == kPolledInRing && result >= 0) {
+      put_into_ring(request);
+      return false;
+    } else if (result == -EAGAIN && request.op == IoRequest::Op::kRecv && !request.tried &&
+               !(request.flags & MSG_DONTWAIT)) {
+      // Not a descriptor that can be polled: let the call itself say what is wrong with it.
+      request.tried = true;
+      put_into_ring(request);
+      return false;
+    } else if (result == -EAGAIN && request.op == IoRequest::Op::kAccept) {
+      // Some kernels take a non-blocking socket at its word.
+      request.stage = kPolledInRing;
+      io_uring_sqe* sqe = next_sqe();
+      io_uring_prep_poll_add(sqe, request.fd, POLLIN);
+      io_uring_sqe_set_data64(sqe, reinterpret_cast<std::uint64_t>(&request) | kRequest);
+      return false;
+    }
+    request.result = result;
+    requests_.end(request);
+    return true;
   }
 
   bool watch_fired(FdWatch& watch, int result) {
@@ -278,9 +334,10 @@ class IoUringBackEnd final : public BackEnd {
   const int wake_fd_;
   io_uring ring_{};
   unsigned outstanding_ = 0;  // completions to come, for the destructor
-  unsigned requests_in_flight_ = 0;
+  Requests requests_;
   unsigned immediate_ = 0;  // sends that this iteration has made at once
   bool closing_ = false;
+  std::optional<FileEngines> files_;  // null: the ring
 };
 
 }  // namespace
@@ -295,8 +352,9 @@ bool io_uring_available() noexcept {
   return available;
 }
 
-std::unique_ptr<BackEnd> make_io_uring_back_end(AioContext& context, int wake_fd) {
-  return std::make_unique<IoUringBackEnd>(context, wake_fd);
+std::unique_ptr<BackEnd> make_io_uring_back_end(AioContext& context, int wake_fd, FileIo file_io,
+                                                std::shared_ptr<ThreadPool> pool) {
+  return std::make_unique<IoUringBackEnd>(context, wake_fd, file_io, std::move(pool));
 }
 
 }  // namespace roost

@@ -103,6 +103,11 @@ void SimulatedBackEnd::start(IoRequest& request) {
   owner_.simulation.interrupt();
 }
 
+void SimulatedBackEnd::cancel(IoRequest& request) {
+  owner_.simulation.device(request.fd, "an I/O request").cancel(request);
+  owner_.simulation.interrupt();
+}
+
 void SimulatedBackEnd::watch_changed(FdWatch& watch) {
   if (!watch.removed) {
     owner_.simulation.device(watch.fd, "a handler");

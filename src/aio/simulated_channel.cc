@@ -73,6 +73,19 @@ class Channel final : public SimulatedDevice {
     look(started);
   }
 
+  // A while later, so that what it waits for may still come first. Bytes that moved count.
+  void cancel(IoRequest& request) override {
+    Started& started = slot(request);
+    if (started.request != &request) return;  // answered already
+    const auto end = [&started, wanted = &request] {
+      if (started.request != wanted) return;
+      const Started answered = std::exchange(started, {});
+      const auto moved = static_cast<std::int64_t>(answered.done);
+      answered.by->complete(*answered.request, moved > 0 ? moved : -ECANCELED);
+    };
+    later(random().between(0, options_.min_delay_ns), "cancel", guarded(end));
+  }
+
   std::uint32_t ready_events() const override {
     std::uint32_t events = 0;
     if (!in_->arrived.empty() || in_->ended || in_->receive_closed) events |= POLLIN;

@@ -97,6 +97,7 @@ class SimulatedBackEnd final : public BackEnd {
   bool ready() noexcept override { return owner_.due(); }
   bool try_now(IoRequest& request) override;
   void start(IoRequest& request) override;
+  void cancel(IoRequest& request) override;
   void watch_changed(FdWatch& watch) override;
 
   bool watch_ready() const;
@@ -124,6 +125,9 @@ class SimulatedDevice {
   /// Executes the request if that takes no time; sets its result.
   virtual bool try_now(IoRequest& request) = 0;
   virtual void start(SimulatedContext& by, IoRequest& request) = 0;
+
+  /// As BackEnd::cancel(). What cannot be called back ends as it would have.
+  virtual void cancel(IoRequest&) {}
 
   /// POLLIN and so on, as poll(2) would report.
   virtual std::uint32_t ready_events() const = 0;

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: MIT
 #include "roost/aio/timer.h"
 
+#include <cerrno>
+#include <limits>
+#include <utility>
+
 #include "roost/aio/aio_context.h"
+#include "roost/aio/stop_relay.h"
 #include "roost/base/check.h"
 
 namespace roost {
@@ -95,12 +100,77 @@ bool TimerQueue::run_due(std::int64_t now_ns) {
   return fired;
 }
 
-Task<void> sleep_for(std::int64_t delay_ns) {
-  if (delay_ns <= 0) co_return;
+namespace {
+
+std::int64_t after(std::int64_t delay_ns) noexcept {
+  const std::int64_t now = AioContext::current()->clock().now_ns();
+  constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
+  return delay_ns < kNever - now ? now + delay_ns : kNever;
+}
+
+// A wait for a moment, which a stop ends early.
+class Sleep : public StopRelay {
+ public:
+  explicit Sleep(AioContext& home)
+      : StopRelay(home, &cancel, &resume), timer_(home, [this] { end(); }) {}
+
+  bool cancelled() const noexcept { return cancelled_; }
+
+  void begin(std::int64_t deadline_ns) {
+    co_ = Coroutine::self();
+    timer_.arm_at(deadline_ns);
+  }
+
+ private:
+  static void cancel(StopRelay& relay) noexcept {
+    auto& self = static_cast<Sleep&>(relay);
+    self.cancelled_ = true;
+    if (!self.co_) return;  // requested before it began
+    self.timer_.cancel();
+    self.end();
+  }
+
+  static void resume(StopRelay& relay) noexcept { wake_waiter(*static_cast<Sleep&>(relay).co_); }
+
+  void end() noexcept {
+    if (ended()) wake_waiter(*co_);
+  }
+
+  Timer timer_;
+  Coroutine* co_ = nullptr;
+  bool cancelled_ = false;
+};
+
+}  // namespace
+
+Task<void> sleep_until(std::int64_t deadline_ns) {
+  AioContext& home = *AioContext::current();
+  if (deadline_ns <= home.clock().now_ns()) co_return;
   Coroutine* co = Coroutine::self();
-  Timer timer(*AioContext::current(), [co] { wake_waiter(*co); });
-  timer.arm_after(delay_ns);
+  Timer timer(home, [co] { wake_waiter(*co); });
+  timer.arm_at(deadline_ns);
   co_await suspend_waiting("a timer", PublishNothing{});
+}
+
+Task<void> sleep_for(std::int64_t delay_ns) { co_await sleep_until(after(delay_ns)); }
+
+Task<Result<void>> sleep_until(std::int64_t deadline_ns, std::stop_token stop) {
+  AioContext& home = *AioContext::current();
+  if (stop.stop_requested()) co_return fail(ECANCELED, "sleep");
+  if (deadline_ns <= home.clock().now_ns()) co_return Result<void>();
+  Sleep sleep(home);
+  sleep.watch(stop);
+  if (!sleep.cancelled()) {
+    sleep.begin(deadline_ns);
+    co_await suspend_waiting("a timer", PublishNothing{});
+    sleep.forget();
+  }
+  if (sleep.cancelled()) co_return fail(ECANCELED, "sleep");
+  co_return Result<void>();
+}
+
+Task<Result<void>> sleep_for(std::int64_t delay_ns, std::stop_token stop) {
+  co_return co_await sleep_until(after(delay_ns), std::move(stop));
 }
 
 }  // namespace roost

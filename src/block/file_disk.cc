@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // A regular file or block device, through the page cache: the kernel caches and reads ahead, and
-// only flush() and FUA writes wait for the device.
+// only flush() and FUA writes wait for the device. Or, with O_DIRECT, past it: then requests that
+// are not aligned as the file wants it go through memory that is, and a write of a part of a block
+// reads the block first, while no other write may touch it.
 
 #include <fcntl.h>
 #include <linux/fs.h>
@@ -10,10 +12,14 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstring>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "block/direct_io.h"
+#include "block/range_lock.h"
 #include "roost/aio/io.h"
 #include "roost/aio/unique_fd.h"
 #include "roost/block/block_driver.h"
@@ -23,6 +29,7 @@ namespace roost {
 namespace {
 
 constexpr std::size_t kZeroChunk = 1 << 20;
+constexpr std::size_t kBounceSize = 1 << 20;  // at least two blocks
 
 // What a short write left to do.
 class RemainingBuffers {
@@ -59,10 +66,12 @@ class RemainingBuffers {
 
 class FileDisk final : public BlockDriver {
  public:
-  FileDisk(std::string name, std::uint64_t size, bool read_only, UniqueFd fd)
-      : BlockDriver(std::move(name), size, read_only), fd_(std::move(fd)) {}
+  FileDisk(std::string name, std::uint64_t size, bool read_only, UniqueFd fd,
+           std::optional<DirectAlignment> direct)
+      : BlockDriver(std::move(name), size, read_only), fd_(std::move(fd)), direct_(direct) {}
 
   Task<Result<void>> read(std::uint64_t offset, std::span<std::byte> to) override {
+    if (direct_) co_return co_await read_directly(offset, to);
     while (!to.empty()) {
       const std::int64_t n = co_await io_read(fd_.get(), to, offset);
       if (n > 0) [[likely]] {
@@ -78,17 +87,13 @@ class FileDisk final : public BlockDriver {
   }
 
   Task<Result<void>> write(std::uint64_t offset, std::span<const iovec> from, bool fua) override {
-    RemainingBuffers buffers(from);
-    while (buffers.left() > 0) {
-      const std::int64_t n = co_await io_writev(fd_.get(), buffers.get(), offset);
-      if (n > 0) [[likely]] {
-        buffers.advance(static_cast<std::uint64_t>(n));
-        offset += static_cast<std::uint64_t>(n);
-      } else if (n == 0 || (n != -EINTR && n != -EAGAIN)) {
-        const int error = n == 0 ? ENOSPC : static_cast<int>(-n);
-        co_return fail(error, describe("pwrite", offset, buffers.left()));
-      }
+    Result<void> written;
+    if (direct_) {
+      written = co_await write_directly(offset, from);
+    } else {
+      written = co_await write_all(offset, from);
     }
+    if (!written) co_return written;
     // Not RWF_DSYNC: the kernel tells of a write that could not be brought to the device once per
     // open file, whoever asks first. So there is one place that asks.
     if (fua) co_return co_await flush();
@@ -119,8 +124,7 @@ class FileDisk final : public BlockDriver {
 
   Task<Result<void>> discard(std::uint64_t offset, std::uint64_t length) override {
     if (length == 0) co_return Result<void>();
-    const std::int64_t result =
-        co_await io_allocate(fd_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
+    const std::int64_t result = co_await allocate(FALLOC_FL_PUNCH_HOLE, offset, length);
     // Advice: where the file system cannot, nothing is wrong.
     if (result < 0 && result != -EOPNOTSUPP && result != -EINVAL) {
       co_return fail(static_cast<int>(-result), describe("punch a hole in", offset, length));
@@ -132,8 +136,7 @@ class FileDisk final : public BlockDriver {
                                   ZeroFlags flags) override {
     if (length == 0) co_return Result<void>();
     const int mode = flags.may_unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
-    const std::int64_t result =
-        co_await io_allocate(fd_.get(), mode | FALLOC_FL_KEEP_SIZE, offset, length);
+    const std::int64_t result = co_await allocate(mode, offset, length);
     if (result == 0) {
       if (flags.fua) co_return co_await flush();
       co_return Result<void>();
@@ -161,7 +164,9 @@ class FileDisk final : public BlockDriver {
     }
     std::int64_t result = 0;
     do {
-      result = co_await io_data_sync(fd_.get());
+      IoAwaiter sync = io_data_sync(fd_.get());
+      sync.request().direct = direct_.has_value();
+      result = co_await sync;
     } while (result == -EINTR);
     // For ever: the kernel may have dropped what it could not write.
     if (result < 0) flush_error_ = static_cast<int>(-result);
@@ -187,11 +192,124 @@ class FileDisk final : public BlockDriver {
            std::to_string(length);
   }
 
+  Task<Result<void>> write_all(std::uint64_t offset, std::span<const iovec> from) {
+    RemainingBuffers buffers(from);
+    while (buffers.left() > 0) {
+      IoAwaiter write = io_writev(fd_.get(), buffers.get(), offset);
+      write.request().direct = direct_.has_value();
+      const std::int64_t n = co_await write;
+      if (n > 0) [[likely]] {
+        buffers.advance(static_cast<std::uint64_t>(n));
+        offset += static_cast<std::uint64_t>(n);
+      } else if (n == 0 || (n != -EINTR && n != -EAGAIN)) {
+        const int error = n == 0 ? ENOSPC : static_cast<int>(-n);
+        co_return fail(error, describe("pwrite", offset, buffers.left()));
+      }
+    }
+    co_return Result<void>();
+  }
+
+  // fallocate(2), which knows no alignment: at its edges the kernel changes parts of blocks.
+  Task<std::int64_t> allocate(int mode, std::uint64_t offset, std::uint64_t length) {
+    std::optional<RangeLock::Range> touched;
+    if (direct_) {
+      touched.emplace(direct_->down(offset), direct_->up(offset + length), false);
+      co_await writes_.acquire(*touched);
+    }
+    co_return co_await io_allocate(fd_.get(), mode | FALLOC_FL_KEEP_SIZE, offset, length);
+  }
+
+  // ---- With O_DIRECT
+
+  Task<Result<void>> read_directly(std::uint64_t offset, std::span<std::byte> to) {
+    if (direct_->fits(offset, to)) co_return co_await read_blocks(offset, to, to.size());
+    if (to.empty()) co_return Result<void>();
+    const std::uint64_t all_begin = direct_->down(offset);
+    const std::uint64_t all = direct_->up(offset + to.size()) - all_begin;
+    const BounceBuffer bounce(std::min<std::uint64_t>(all, kBounceSize));
+    if (!bounce) co_return fail(ENOMEM, describe("pread", offset, to.size()));
+    while (!to.empty()) {
+      const std::uint64_t begin = direct_->down(offset);
+      const std::size_t skip = offset - begin;
+      const std::size_t count = std::min(to.size(), bounce.get().size() - skip);
+      const auto blocks = bounce.get().first(direct_->up(skip + count));
+      const Result<void> done = co_await read_blocks(begin, blocks, skip + count);
+      if (!done) co_return done;
+      std::memcpy(to.data(), blocks.data() + skip, count);
+      to = to.subspan(count);
+      offset += count;
+    }
+    co_return Result<void>();
+  }
+
+  // Reads aligned blocks, of which the file has to have the first `needed` bytes.
+  Task<Result<void>> read_blocks(std::uint64_t offset, std::span<std::byte> to,
+                                 std::size_t needed) {
+    std::size_t done = 0;
+    while (done < needed) {
+      IoAwaiter read = io_read(fd_.get(), to.subspan(done), offset + done);
+      read.request().direct = true;
+      const std::int64_t n = co_await read;
+      if (n == -EINTR || n == -EAGAIN) continue;
+      if (n < 0) co_return fail(static_cast<int>(-n), describe("pread", offset, needed));
+      if (done + static_cast<std::size_t>(n) >= needed) break;
+      // Only at the end of the file does it stop within a block.
+      const std::uint64_t whole = direct_->down(static_cast<std::uint64_t>(n));
+      if (whole == 0) {
+        co_return fail(EIO, describe("pread", offset, needed) + ": the file has been truncated");
+      }
+      done += whole;
+    }
+    co_return Result<void>();
+  }
+
+  Task<Result<void>> write_directly(std::uint64_t offset, std::span<const iovec> from) {
+    std::uint64_t length = 0;
+    for (const iovec& piece : from) length += piece.iov_len;
+    if (length == 0) co_return Result<void>();
+    const bool whole_blocks = direct_->fits(offset) && direct_->fits(length);
+    // A block that is read, changed and written back must not be written by others meanwhile: what
+    // they wrote would be undone.
+    RangeLock::Range touched(direct_->down(offset), direct_->up(offset + length), !whole_blocks);
+    co_await writes_.acquire(touched);
+    if (direct_->fits(offset, from)) co_return co_await write_all(offset, from);
+
+    const std::uint64_t all_begin = direct_->down(offset);
+    const std::uint64_t all = direct_->up(offset + length) - all_begin;
+    const BounceBuffer bounce(std::min<std::uint64_t>(all, kBounceSize));
+    if (!bounce) co_return fail(ENOMEM, describe("pwrite", offset, length));
+    GatherCursor cursor(from);
+    while (length > 0) {
+      const std::uint64_t begin = direct_->down(offset);
+      const std::size_t skip = offset - begin;
+      const std::size_t count = std::min<std::uint64_t>(length, bounce.get().size() - skip);
+      const auto blocks = bounce.get().first(direct_->up(skip + count));
+      const std::size_t block = direct_->offset;
+      const std::size_t last = blocks.size() - block;
+      const bool cut_end = skip + count < blocks.size();
+      if (skip > 0 || (cut_end && last == 0)) {
+        const Result<void> head = co_await read_blocks(begin, blocks.first(block), block);
+        if (!head) co_return head;
+      }
+      if (cut_end && last > 0) {
+        const Result<void> tail = co_await read_blocks(begin + last, blocks.subspan(last), block);
+        if (!tail) co_return tail;
+      }
+      cursor.copy_to(blocks.subspan(skip, count));
+      const iovec piece{blocks.data(), blocks.size()};
+      const Result<void> written = co_await write_all(begin, std::span(&piece, 1));
+      if (!written) co_return written;
+      offset += count;
+      length -= count;
+    }
+    co_return Result<void>();
+  }
+
   Task<Result<void>> write_zero_bytes(std::uint64_t offset, std::uint64_t length, bool fua) {
-    static const std::vector<std::byte> zeroes(kZeroChunk);
+    alignas(4096) static constinit std::array<std::byte, kZeroChunk> zeroes{};
     while (length > 0) {
       const std::uint64_t count = std::min<std::uint64_t>(length, kZeroChunk);
-      const iovec piece{const_cast<std::byte*>(zeroes.data()), count};
+      const iovec piece{zeroes.data(), count};
       const Result<void> written = co_await write(offset, std::span(&piece, 1), fua);
       if (!written) co_return written;
       offset += count;
@@ -201,6 +319,8 @@ class FileDisk final : public BlockDriver {
   }
 
   const UniqueFd fd_;
+  const std::optional<DirectAlignment> direct_;  // none: through the page cache
+  RangeLock writes_;                             // with O_DIRECT: what writes under way touch
 
   std::mutex flush_mutex_;
   Waiter* next_flush_ = nullptr;  // guarded: wait for the next sync
@@ -224,9 +344,11 @@ Result<std::uint64_t> size_of(int fd, const std::string& path) {
 }  // namespace
 
 Result<std::unique_ptr<BlockDriver>> open_file(const std::string& path, OpenOptions options) {
-  const int access = (options.read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC;
+  const int access =
+      (options.read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | (options.direct ? O_DIRECT : 0);
   UniqueFd fd(::open(path.c_str(), access | O_NONBLOCK));
-  if (!fd && errno == ENOENT && options.create_size > 0 && !options.read_only) {
+  const bool made = !fd && errno == ENOENT && options.create_size > 0 && !options.read_only;
+  if (made) {
     fd = UniqueFd(::open(path.c_str(), access | O_CREAT | O_EXCL, 0666));
     if (fd && ::ftruncate(fd.get(), static_cast<off_t>(options.create_size)) < 0) {
       const int error = errno;
@@ -235,12 +357,27 @@ Result<std::unique_ptr<BlockDriver>> open_file(const std::string& path, OpenOpti
                   path + ": cannot be made " + std::to_string(options.create_size) + " bytes long");
     }
   }
+  if (!fd && errno == EINVAL && options.direct) {
+    if (made) ::unlink(path.c_str());
+    return fail(EINVAL, path + ": its file system does not allow O_DIRECT");
+  }
   if (!fd) return fail(errno, path);
   const auto size = size_of(fd.get(), path);
   if (!size) return std::unexpected(size.error());
+  std::optional<DirectAlignment> direct;
+  if (options.direct) {
+    const auto alignment = direct_alignment(fd.get(), path);
+    if (!alignment) return std::unexpected(alignment.error());
+    direct = *alignment;
+    if (!direct->fits(*size) && !options.read_only) {
+      return fail(EINVAL, path + ": a size of " + std::to_string(*size) +
+                              " bytes, which is no multiple of " + std::to_string(direct->offset) +
+                              ", cannot be written with O_DIRECT");
+    }
+  }
   // Not wanted for I/O, only so that opening a pipe or a terminal by mistake does not hang.
   ::fcntl(fd.get(), F_SETFL, ::fcntl(fd.get(), F_GETFL) & ~O_NONBLOCK);
-  return std::make_unique<FileDisk>(path, *size, options.read_only, std::move(fd));
+  return std::make_unique<FileDisk>(path, *size, options.read_only, std::move(fd), direct);
 }
 
 }  // namespace roost

@@ -6,6 +6,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <map>
+#include <string>
 
 #include "cli/serve.h"
 #include "roost/block/block_driver.h"
@@ -26,10 +27,27 @@ constexpr const char* kServeExamples = R"(Examples:
 // CLI11 numbers its errors from 100; the field says 2.
 constexpr int kUsageError = 2;
 
-int usage_error(const roost::Error& error) {
-  std::fprintf(stderr, "roost: %s\nRun with --help for more information.\n",
-               error.message().c_str());
+int usage_error(const std::string& message) {
+  std::fprintf(stderr, "roost: %s\nRun with --help for more information.\n", message.c_str());
   return kUsageError;
+}
+
+int usage_error(const roost::Error& error) { return usage_error(error.message()); }
+
+// What cannot be combined; empty: all is well.
+std::string check_aio(const roost::cli::ServeOptions& options) {
+  if (options.file_io == roost::FileIo::kLinuxAio) {
+    if (!options.direct) return "--aio native only works past the page cache: add --direct";
+    if (!roost::linux_aio_available()) {
+      return "--aio native: the kernel refuses Linux AIO, or this program was built without libaio";
+    }
+  }
+  if (options.file_io == roost::FileIo::kIoUring) {
+    if (options.event_loop == roost::EventLoop::kEpoll) {
+      return "--aio io_uring does not go with --event-loop epoll";
+    }
+  }
+  return "";
 }
 
 int run(int argc, char** argv) {
@@ -73,6 +91,18 @@ int run(int argc, char** argv) {
       ->transform(CLI::CheckedTransformer(loops).description(""))
       ->type_name("LOOP")
       ->default_str("auto");
+  const std::map<std::string, roost::FileIo> engines{{"auto", roost::FileIo::kAuto},
+                                                     {"threads", roost::FileIo::kPool},
+                                                     {"native", roost::FileIo::kLinuxAio},
+                                                     {"io_uring", roost::FileIo::kIoUring}};
+  serve
+      ->add_option("--aio", options.file_io,
+                   "what reads and writes files: auto, threads, native (Linux AIO, with --direct) "
+                   "or io_uring; auto takes what suits the event loop")
+      ->transform(CLI::CheckedTransformer(engines).description(""))
+      ->type_name("AIO")
+      ->default_str("auto");
+  serve->add_flag("--direct", options.direct, "Open files with O_DIRECT, past the page cache");
   serve
       ->add_option("--poll-max-us", options.poll_max_us,
                    "longest busy wait before an I/O thread sleeps, in microseconds; 0: never")
@@ -101,6 +131,7 @@ int run(int argc, char** argv) {
     create_size = "1G";
     options.explain = true;
   }
+  if (const std::string wrong = check_aio(options); !wrong.empty()) return usage_error(wrong);
   if (listen.empty()) listen = {"unix:./roost.sock"};
   for (const std::string& text : listen) {
     const auto address = roost::ListenAddress::parse(text);

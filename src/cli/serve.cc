@@ -11,6 +11,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <string_view>
 #include <system_error>
 #include <thread>
 
@@ -46,7 +47,8 @@ std::pair<std::string, std::string> split_name(const std::string& text) {
 }
 
 Result<std::vector<Disk>> open_disks(const ServeOptions& options) {
-  const OpenOptions open{.read_only = options.read_only, .create_size = options.create_size};
+  const OpenOptions open{
+      .read_only = options.read_only, .create_size = options.create_size, .direct = options.direct};
   std::vector<Disk> disks;
   for (const std::string& text : options.disks) {
     auto [name, description] = split_name(text);
@@ -85,6 +87,14 @@ class Signals {
   UniqueFd fd_;
 };
 
+// What executes the operations on files, in the words of --aio.
+const char* aio_name(const ServeOptions& options, std::string_view event_loop) {
+  if (options.file_io == FileIo::kPool) return "threads";
+  if (options.file_io == FileIo::kLinuxAio) return "native";
+  if (event_loop == "io_uring") return "io_uring";
+  return options.direct && linux_aio_available() ? "native" : "threads";
+}
+
 // Every coroutine, on stderr, in one piece. On a thread of its own, since it waits for the
 // contexts.
 class CensusPrinter {
@@ -112,6 +122,8 @@ void announce(const ServeOptions& options, const std::vector<Disk>& disks,
               const std::vector<ListenSocket>& sockets, const char* event_loop) {
   if (options.json) {
     nlohmann::json out{{"event_loop", event_loop},
+                       {"aio", aio_name(options, event_loop)},
+                       {"direct", options.direct},
                        {"iothreads", options.iothreads},
                        {"exports", nlohmann::json::array()}};
     for (const Disk& disk : disks) {
@@ -134,8 +146,9 @@ void announce(const ServeOptions& options, const std::vector<Disk>& disks,
     }
   }
   std::fflush(stdout);
-  report(fmt::format("serving with {} I/O thread{} on {}", options.iothreads,
-                     options.iothreads == 1 ? "" : "s", event_loop));
+  report(fmt::format("serving with {} I/O thread{} on {}, files by {}{}", options.iothreads,
+                     options.iothreads == 1 ? "" : "s", event_loop, aio_name(options, event_loop),
+                     options.direct ? ", directly" : ""));
 }
 
 Task<void> flush_all(const std::vector<Disk>& disks, bool& failed, bool& done) {
@@ -175,6 +188,7 @@ int serve_or_throw(const ServeOptions& options) {
     return AioContextOptions{.name = std::move(name),
                              .event_loop = options.event_loop,
                              .poll_max_ns = options.poll_max_us * 1000,
+                             .file_io = options.file_io,
                              .thread_pool = pool};
   };
   AioContextOptions main_options = context_options("main");

@@ -20,6 +20,8 @@ struct ServeOptions {
   std::vector<ListenAddress> listen;
   unsigned iothreads = 2;
   EventLoop event_loop = EventLoop::kAuto;
+  FileIo file_io = FileIo::kAuto;
+  bool direct = false;  // files past the page cache
   std::int64_t poll_max_us = 100;
   std::int64_t handshake_timeout_s = 10;
   bool read_only = false;

@@ -15,6 +15,7 @@ import harness
 # Importing a topic registers its cases.
 import clients  # noqa: F401
 import crash  # noqa: F401
+import direct  # noqa: F401
 import durability  # noqa: F401
 import errors  # noqa: F401
 import hostile  # noqa: F401

@@ -61,7 +61,9 @@ struct AioContextOptions {
   const Clock* clock = &real_clock();
   /// Outlives the context; null: the process's.
   PollBudget* poll_budget = nullptr;
-  /// For file I/O of the epoll loop; null: one of its own, made when needed.
+  /// What executes the operations on files.
+  FileIo file_io = FileIo::kAuto;
+  /// For operations on files; null: one of its own, made when needed.
   std::shared_ptr<ThreadPool> thread_pool = nullptr;
   /// Outlives the context; null: the kernel. A Simulation gives its contexts one of its own.
   BackEndProvider* provider = nullptr;

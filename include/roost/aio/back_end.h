@@ -66,6 +66,11 @@ class BackEnd {
   /// Starts the request; complete() is called from a later poll().
   virtual void start(IoRequest& request) = 0;
 
+  /// Asks that a request in flight end early. complete() comes as ever, from a later poll(): with
+  /// -ECANCELED if the operation was ended without effect, otherwise with what it did. Asking twice
+  /// is asking once.
+  virtual void cancel(IoRequest& request) = 0;
+
   /// `watch.handler` has changed, was set for the first time, or was removed; a removed watch
   /// belongs to the back end.
   virtual void watch_changed(FdWatch& watch) = 0;
@@ -96,13 +101,27 @@ class BackEndProvider {
   ~BackEndProvider() = default;
 };
 
+/// What executes the operations on files.
+enum class FileIo : std::uint8_t {
+  kAuto,      // the ring of the io_uring loop; under epoll the thread pool and, for files opened
+              // with O_DIRECT, Linux AIO where it can be had
+  kPool,      // the thread pool
+  kLinuxAio,  // Linux AIO for files opened with O_DIRECT, the thread pool for others, or an error
+  kIoUring,   // the ring of the io_uring loop, or an error
+};
+
 /// Throws std::system_error where the kernel refuses. `wake_fd` is the context's eventfd: the back
 /// end waits for it, and reports what it reads of it, if anything, to AioContext::signalled().
-std::unique_ptr<BackEnd> make_io_uring_back_end(AioContext& context, int wake_fd);
-std::unique_ptr<BackEnd> make_epoll_back_end(AioContext& context, int wake_fd,
+/// `pool` may be null: one of its own is made when needed.
+std::unique_ptr<BackEnd> make_io_uring_back_end(AioContext& context, int wake_fd, FileIo file_io,
+                                                std::shared_ptr<ThreadPool> pool);
+std::unique_ptr<BackEnd> make_epoll_back_end(AioContext& context, int wake_fd, FileIo file_io,
                                              std::shared_ptr<ThreadPool> pool);
 
 /// Whether this process may use io_uring, tried once.
 bool io_uring_available() noexcept;
+
+/// Whether Roost was built with libaio and this process may use Linux AIO, tried once.
+bool linux_aio_available() noexcept;
 
 }  // namespace roost

@@ -4,7 +4,20 @@
 // Each gives the bytes transferred (possibly fewer than asked for), 0, or a negative errno, and
 // runs on the context the coroutine is on, through that context's back end.
 //
-// Threads: within a coroutine.
+// Each has an overload with a stop token, as last argument. When its stop is requested, the
+// operation is asked to end early; the await returns once it has ended, with what it did, or with
+// -ECANCELED where the kernel, or the thread pool, gave it up. What -ECANCELED means:
+//
+//   io_read, io_recv, io_accept, io_poll    not started: nothing was taken; bytes and connections
+//                                           stay where they are (a buffer may have been scribbled)
+//   io_writev, io_sendmsg                   not started: nothing was written or sent
+//   io_data_sync, io_allocate               unknown, on io_uring; not started otherwise
+//   io_connect                              unknown: the socket may get connected; close it
+//
+// What was transferred before the stop is never lost: it is the result. A stop that was requested
+// beforehand gives -ECANCELED without a try. File operations that have begun are seldom given up.
+//
+// Threads: within a coroutine; a stop may be requested from any thread at any time.
 // Lifetime: buffers, iovecs and msghdrs stay untouched until the await returns. Descriptors are
 // closed after every operation on them has returned (shutdown(2) makes socket operations return).
 #pragma once
@@ -12,11 +25,15 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <stop_token>
+#include <utility>
 
 #include "roost/aio/io_request.h"
+#include "roost/aio/stop_relay.h"
 #include "roost/coro/coroutine.h"
 
 namespace roost {
@@ -54,6 +71,51 @@ class [[nodiscard]] IoAwaiter {
   SuspendAwaiter<Start> start_ = suspend_waiting("I/O", Start{nullptr});
 };
 
+class [[nodiscard]] CancellableIoAwaiter {
+ public:
+  CancellableIoAwaiter(const IoRequest& what, std::stop_token stop) noexcept;
+  CancellableIoAwaiter(const CancellableIoAwaiter&) = delete;
+  CancellableIoAwaiter& operator=(const CancellableIoAwaiter&) = delete;
+
+  AwaitInPlace<CancellableIoAwaiter> operator co_await() && noexcept { return AwaitInPlace(*this); }
+
+  bool await_ready();
+
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
+    request_.co = frame.promise().co;
+    start_.await_suspend(frame);
+  }
+
+  std::int64_t await_resume() noexcept {
+    if (relay_) relay_->forget();
+    return request_.result;
+  }
+
+ private:
+  struct Request : IoRequest {
+    explicit Request(const IoRequest& what) noexcept : IoRequest(what) {}
+    CancellableIoAwaiter* awaiter = nullptr;
+    Coroutine* co = nullptr;
+  };
+  struct Relay : StopRelay {
+    explicit Relay(CancellableIoAwaiter& a) noexcept;
+    CancellableIoAwaiter& awaiter;
+  };
+  struct Start {
+    CancellableIoAwaiter* awaiter;
+    void operator()(Coroutine&) const noexcept { awaiter->start(); }
+  };
+
+  void start() noexcept;
+
+  Request request_;
+  const std::stop_token stop_;
+  std::optional<Relay> relay_;  // only where a stop is possible
+  bool started_ = false;
+  SuspendAwaiter<Start> start_ = suspend_waiting("I/O", Start{this});
+};
+
 /// Reads at `offset` of a file.
 inline IoAwaiter io_read(int fd, std::span<std::byte> buffer, std::uint64_t offset) noexcept {
   IoAwaiter io(IoRequest::Op::kRead, fd);
@@ -61,6 +123,10 @@ inline IoAwaiter io_read(int fd, std::span<std::byte> buffer, std::uint64_t offs
   io.request().length = static_cast<std::uint32_t>(buffer.size());
   io.request().offset = offset;
   return io;
+}
+inline CancellableIoAwaiter io_read(int fd, std::span<std::byte> buffer, std::uint64_t offset,
+                                    std::stop_token stop) noexcept {
+  return {io_read(fd, buffer, offset).request(), std::move(stop)};
 }
 
 /// Writes at `offset` of a file. `rw_flags` as for pwritev2(2): RWF_DSYNC makes it durable.
@@ -73,9 +139,16 @@ inline IoAwaiter io_writev(int fd, std::span<const iovec> buffers, std::uint64_t
   io.request().flags = rw_flags;
   return io;
 }
+inline CancellableIoAwaiter io_writev(int fd, std::span<const iovec> buffers, std::uint64_t offset,
+                                      int rw_flags, std::stop_token stop) noexcept {
+  return {io_writev(fd, buffers, offset, rw_flags).request(), std::move(stop)};
+}
 
 /// fdatasync(2).
 inline IoAwaiter io_data_sync(int fd) noexcept { return IoAwaiter(IoRequest::Op::kDataSync, fd); }
+inline CancellableIoAwaiter io_data_sync(int fd, std::stop_token stop) noexcept {
+  return {io_data_sync(fd).request(), std::move(stop)};
+}
 
 /// fallocate(2) with `mode`.
 inline IoAwaiter io_allocate(int fd, int mode, std::uint64_t offset, std::uint64_t size) noexcept {
@@ -84,6 +157,10 @@ inline IoAwaiter io_allocate(int fd, int mode, std::uint64_t offset, std::uint64
   io.request().offset = offset;
   io.request().size = size;
   return io;
+}
+inline CancellableIoAwaiter io_allocate(int fd, int mode, std::uint64_t offset, std::uint64_t size,
+                                        std::stop_token stop) noexcept {
+  return {io_allocate(fd, mode, offset, size).request(), std::move(stop)};
 }
 
 /// recv(2): returns once there is something, 0 at the end of the stream.
@@ -94,6 +171,10 @@ inline IoAwaiter io_recv(int fd, std::span<std::byte> buffer, int flags = 0) noe
   io.request().flags = flags;
   return io;
 }
+inline CancellableIoAwaiter io_recv(int fd, std::span<std::byte> buffer, int flags,
+                                    std::stop_token stop) noexcept {
+  return {io_recv(fd, buffer, flags).request(), std::move(stop)};
+}
 
 /// sendmsg(2), without SIGPIPE.
 inline IoAwaiter io_sendmsg(int fd, const msghdr& message, int flags = 0) noexcept {
@@ -101,6 +182,45 @@ inline IoAwaiter io_sendmsg(int fd, const msghdr& message, int flags = 0) noexce
   io.request().address = const_cast<msghdr*>(&message);
   io.request().flags = flags | MSG_NOSIGNAL;
   return io;
+}
+inline CancellableIoAwaiter io_sendmsg(int fd, const msghdr& message, int flags,
+                                       std::stop_token stop) noexcept {
+  return {io_sendmsg(fd, message, flags).request(), std::move(stop)};
+}
+
+/// accept4(2) with `flags` (SOCK_*) and SOCK_CLOEXEC: the descriptor of the next connection. The
+/// listening socket may be made non-blocking.
+inline IoAwaiter io_accept(int fd, int flags = 0) noexcept {
+  IoAwaiter io(IoRequest::Op::kAccept, fd);
+  io.request().flags = flags | SOCK_CLOEXEC;
+  return io;
+}
+inline CancellableIoAwaiter io_accept(int fd, int flags, std::stop_token stop) noexcept {
+  return {io_accept(fd, flags).request(), std::move(stop)};
+}
+
+/// connect(2): returns once the socket is connected (0) or that has failed. The socket may be made
+/// non-blocking, or blocking.
+inline IoAwaiter io_connect(int fd, const sockaddr* address, socklen_t length) noexcept {
+  IoAwaiter io(IoRequest::Op::kConnect, fd);
+  io.request().address = const_cast<sockaddr*>(address);
+  io.request().length = length;
+  return io;
+}
+inline CancellableIoAwaiter io_connect(int fd, const sockaddr* address, socklen_t length,
+                                       std::stop_token stop) noexcept {
+  return {io_connect(fd, address, length).request(), std::move(stop)};
+}
+
+/// Waits until `fd` is ready for one of `events`, POLLIN and POLLOUT, and gives what poll(2) calls
+/// revents: errors and hang-ups count, too. A descriptor has either a handler or operations.
+inline IoAwaiter io_poll(int fd, int events) noexcept {
+  IoAwaiter io(IoRequest::Op::kPoll, fd);
+  io.request().flags = events;
+  return io;
+}
+inline CancellableIoAwaiter io_poll(int fd, int events, std::stop_token stop) noexcept {
+  return {io_poll(fd, events).request(), std::move(stop)};
 }
 
 }  // namespace roost

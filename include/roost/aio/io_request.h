@@ -21,7 +21,11 @@ struct IoRequest {
     kAllocate,  // fallocate: flags (FALLOC_FL_*), offset, size
     kRecv,      // address, length, flags (MSG_*)
     kSendMsg,   // address: msghdr, flags (MSG_*)
+    kAccept,    // flags (SOCK_*); the result is the new descriptor
+    kConnect,   // address: sockaddr, length
+    kPoll,      // flags: POLLIN | POLLOUT; the result is what poll(2) calls revents
   };
+  bool on_file() const noexcept { return op <= Op::kAllocate; }
 
   Op op;
   int fd;
@@ -37,13 +41,21 @@ struct IoRequest {
   /// Called on the home thread, outside of the call that started the request.
   void (*complete)(IoRequest&) noexcept = nullptr;
 
+  /// For files: opened with O_DIRECT. Such a request is not tried in place, where it would wait for
+  /// the disk, and Linux AIO takes it.
+  bool direct = false;
+
   // For the back end while the request is in flight.
+  bool tried = false;
+  bool cancelled = false;  // BackEnd::cancel() was called
+  std::uint8_t stage = 0;  // where the back end keeps it
   AioContext* context = nullptr;
   IoRequest* next = nullptr;
-  bool tried = false;
+  void* job = nullptr;
 
   /// Executes the operation with a plain system call; for worker threads, and with `dont_wait` for
-  /// an attempt that must not block (result -EAGAIN: it would have).
+  /// an attempt that must not block (result -EAGAIN: it would have;
+  /// -EINPROGRESS: the socket is being connected, and it is `tried` again once it is writable).
   std::int64_t execute(bool dont_wait) const noexcept;
 
   IoRequest(Op o, int f) noexcept : op(o), fd(f) {}

@@ -10,8 +10,10 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <stop_token>
 #include <vector>
 
+#include "roost/base/result.h"
 #include "roost/coro/task.h"
 
 namespace roost {
@@ -70,5 +72,13 @@ class TimerQueue {
 
 /// Suspends the current coroutine for `delay_ns` of its context's clock.
 Task<void> sleep_for(std::int64_t delay_ns);
+/// Until its context's clock shows `deadline_ns`.
+Task<void> sleep_until(std::int64_t deadline_ns);
+
+/// As above, and ends early, with ECANCELED, when `stop` is requested, by any thread. A sleep that
+/// has ended has no other effect, so nothing is lost by cancelling it. Where the time is over
+/// before the stop has come home, it has not been cancelled.
+Task<Result<void>> sleep_for(std::int64_t delay_ns, std::stop_token stop);
+Task<Result<void>> sleep_until(std::int64_t deadline_ns, std::stop_token stop);
 
 }  // namespace roost

@@ -71,9 +71,11 @@ struct OpenOptions {
   bool read_only = false;
   /// For files: make it, sparse, of this many bytes, if there is none. 0: do not.
   std::uint64_t create_size = 0;
+  /// For files: past the page cache, with O_DIRECT.
+  bool direct = false;
 };
 
-/// A regular file or block device, through the page cache. Blocks while opening.
+/// A regular file or block device. Blocks while opening.
 Result<std::unique_ptr<BlockDriver>> open_file(const std::string& path, OpenOptions options);
 
 /// Memory that starts as zeroes and is taken as it is written.

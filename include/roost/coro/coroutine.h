@@ -277,6 +277,25 @@ struct PromiseBase {
   static void set_next(Coroutine& co, std::coroutine_handle<> next) noexcept { co.next_ = next; }
 };
 
+/// For awaiters that cannot be moved, since something points into them: they return it from
+/// `operator co_await() &&`. GCC 12 would move a temporary that comes out of await_transform() into
+/// the frame; this way it moves the pointer, and the temporary stays until the await is over.
+template <class Awaiter>
+class AwaitInPlace {
+ public:
+  explicit AwaitInPlace(Awaiter& awaiter) noexcept : awaiter_(&awaiter) {}
+
+  bool await_ready() { return awaiter_->await_ready(); }
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
+    awaiter_->await_suspend(frame);
+  }
+  decltype(auto) await_resume() { return awaiter_->await_resume(); }
+
+ private:
+  Awaiter* awaiter_;
+};
+
 template <class F>
 class [[nodiscard]] SuspendAwaiter {
   static_assert(std::is_trivially_copyable_v<F> && std::is_trivially_destructible_v<F>,
