@@ -142,6 +142,24 @@ def version_and_help(test):
         check_equal(done.stderr, "", "stderr")
 
 
+@case(loops=EVENT_LOOPS, sanitized=True)
+def sigusr1_prints_every_coroutine(test):
+    with test.serve("mem:8M", "--iothreads", "2") as daemon:
+        clients = [Client(daemon.uri) for _ in range(3)]
+        for client in clients:
+            client.request(CMD_READ, 0, 512)
+            client.reply()
+        daemon.signal(signal.SIGUSR1)
+        wait_until(lambda: re.search(r"\d+ coroutines\n", daemon.stderr()), "a census on stderr")
+        wait_until(lambda: daemon.stderr().count("awaits at") >= 3, "await chains")
+        report = daemon.stderr()
+        check(re.search(r"coroutine '\S.*' \(0x[0-9a-f]+\) on iothread[01]: waiting for I/O, \d+ ms",
+                        report), report)
+        check(re.search(r"created at \S+nbd_\S+\.cc:\d+", report), report)
+        check("did not answer" not in report, report)
+        check_still_serves(daemon)
+
+
 @case()
 def json_output_is_json(test):
     with test.serve("a=mem:1M", "b=mem:2M", "--json") as daemon:
