@@ -8,7 +8,8 @@
 //               and fetch_* operations of std::atomic, explicit memory orders only;
 //   Shared<T>   a plain variable that threads hand to each other under the protection of an
 //               atomic (a link of a list, say): a checker reports unordered accesses to it;
-//   Mutex       a thread lock with lock() and unlock(), for a few instructions at a time; never held
+//   Mutex       a thread lock with lock() and unlock(), for a few instructions at a time; never
+//   held
 //               across a suspension or a wake-up;
 //   cpu_relax() one step of a busy wait.
 //
@@ -54,8 +55,7 @@ struct RealPlatform {
 
 template <class P>
 concept Platform = requires(typename P::template Atomic<std::uint64_t>& word,
-                            typename P::template Shared<void*>& shared,
-                            typename P::Mutex& mutex) {
+                            typename P::template Shared<void*>& shared, typename P::Mutex& mutex) {
   { word.load(std::memory_order_relaxed) } -> std::convertible_to<std::uint64_t>;
   word.store(std::uint64_t{}, std::memory_order_release);
   { shared.get() } -> std::convertible_to<void*>;
