@@ -15,6 +15,8 @@
 #include <boost/asio/deferred.hpp>
 #include <boost/asio/detached.hpp>
 #include <boost/asio/executor_work_guard.hpp>
+#include <boost/asio/experimental/channel.hpp>
+#include <boost/asio/experimental/concurrent_channel.hpp>
 #include <boost/asio/experimental/parallel_group.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/posix/basic_stream_descriptor.hpp>
@@ -247,6 +249,97 @@ void await_child(benchmark::State& state) {
 }
 BENCHMARK(await_child)->UseManualTime();
 
+using boost::system::error_code;
+
+// Asio has no mutex for coroutines; a channel with room for one message is what its users take:
+// full means locked. The message goes in without an operation where there is room.
+template <typename Channel>
+struct Guarded {
+  explicit Guarded(Executor executor) : mutex(executor, 1) {}
+  Channel mutex;
+  alignas(128) uint64_t value = 0;
+};
+
+template <typename Channel>
+Awaitable<> locker(Crew& crew, int index, Guarded<Channel>& guarded) {
+  bench::Counter& rounds = crew.counter(index);
+  for (unsigned round = 1; crew.running(); ++round) {
+    if (!guarded.mutex.try_send(error_code())) {
+      co_await guarded.mutex.async_send(error_code(), asio::deferred);
+    }
+    ++guarded.value;
+    guarded.mutex.try_receive([](error_code) {});
+    rounds.add();
+    if (round % bench::kRoundsPerTurn == 0) co_await asio::post(asio::deferred);
+  }
+  crew.ended();
+}
+
+template <typename Channel>
+void contend(benchmark::State& state, int count, int coroutines) {
+  Crew crew(coroutines);
+  auto loops = make_loops(count);
+  Guarded<Channel> guarded(loops[0]->executor());
+  for (int i = 0; i < coroutines; ++i) {
+    asio::co_spawn(loops[i % count]->executor(), locker(crew, i, guarded), asio::detached);
+  }
+  crew.measure(state, coroutines);
+  crew.report_fairness(state);
+  benchmark::DoNotOptimize(guarded.value);
+}
+
+// Of one thread, and of several.
+using Channel = asio::experimental::channel<Executor, void(error_code)>;
+using ConcurrentChannel = asio::experimental::concurrent_channel<Executor, void(error_code)>;
+
+void mutex(benchmark::State& state) {
+  const int count = static_cast<int>(state.range(0));
+  const int coroutines = count * bench::kCoroutinesPerContext;
+  if (count == 1) {
+    contend<Channel>(state, count, coroutines);
+  } else {
+    contend<ConcurrentChannel>(state, count, coroutines);
+  }
+}
+BENCHMARK(mutex)->ArgName("contexts")->Arg(1)->Arg(2)->Arg(5)->UseManualTime();
+
+void mutex_uncontended(benchmark::State& state) { contend<Channel>(state, 1, 1); }
+BENCHMARK(mutex_uncontended)->UseManualTime();
+
+using Pipe = asio::experimental::concurrent_channel<Executor, void(error_code, uint64_t)>;
+
+Awaitable<> producer(Crew& crew, Pipe& pipe) {
+  for (unsigned round = 1; crew.running(); ++round) {
+    if (!pipe.try_send(error_code(), round)) {
+      co_await pipe.async_send(error_code(), round, asio::deferred);
+    }
+    if (round % bench::kRoundsPerTurn == 0) co_await asio::post(asio::deferred);
+  }
+  co_await pipe.async_send(error_code(), 0, asio::deferred);  // the end of the stream
+  crew.ended();
+}
+
+Awaitable<> consumer(Crew& crew, Pipe& pipe) {
+  bench::Counter& items = crew.counter(0);
+  for (uint64_t item = 1, round = 1; item != 0; ++round) {
+    if (!pipe.try_receive([&item](error_code, uint64_t value) { item = value; })) {
+      item = co_await pipe.async_receive(asio::deferred);
+    }
+    items.add();
+    if (round % bench::kRoundsPerTurn == 0) co_await asio::post(asio::deferred);
+  }
+  crew.ended();
+}
+
+void queue(benchmark::State& state) {
+  Crew crew(2);
+  auto loops = make_loops(2);
+  Pipe pipe(loops[0]->executor(), bench::kPipeCapacity);
+  asio::co_spawn(loops[0]->executor(), producer(crew, pipe), asio::detached);
+  asio::co_spawn(loops[1]->executor(), consumer(crew, pipe), asio::detached);
+  crew.measure(state, 1);
+}
+BENCHMARK(queue)->UseManualTime();
 // An operation that completes on the loop it was started on, in its next iteration.
 Awaitable<> wait_here(Crew& crew, Executor executor) {
   bench::Counter& completions = crew.counter(0);

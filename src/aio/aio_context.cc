@@ -11,6 +11,7 @@
 #include <system_error>
 
 #include "aio/bottom_half_core.h"
+#include "aio/simulated_context.h"
 #include "roost/aio/poll_budget.h"
 #include "roost/aio/thread_pool.h"
 #include "roost/base/check.h"
@@ -134,9 +135,11 @@ AioContext::AioContext(AioContextOptions options)
     : CoContext(AioContextIndex::value, options.name),
       options_(std::move(options)),
       poll_budget_(options_.poll_budget ? *options_.poll_budget : PollBudget::of_process()),
-      wake_fd_(make_wake_fd()),
-      use_io_uring_(choose_io_uring(options_.event_loop)),
-      back_end_name_(use_io_uring_ ? "io_uring" : "epoll") {
+      wake_fd_(options_.provider ? -1 : make_wake_fd()),
+      use_io_uring_(!options_.provider && choose_io_uring(options_.event_loop)),
+      back_end_name_(options_.provider ? "simulated"
+                     : use_io_uring_   ? "io_uring"
+                                       : "epoll") {
   poll_budget_.woke();
   context_indices().add(*this);
 }
@@ -182,6 +185,12 @@ void AioContext::close() noexcept {
   back_end_.reset();
   // A producer that found the context sleeping may still be about to write to the eventfd: the
   // descriptor, and the number behind it, stay until it has.
+  if (options_.provider) {
+    options_.provider->wait_until("the signals a context is owed",
+                                  [this] { return signals_received_ >= signals_owed_; });
+    options_.provider->context_gone();
+    return;
+  }
   while (signals_received_ < signals_owed_) {
     pollfd pfd{wake_fd_.get(), POLLIN, 0};
     ::poll(&pfd, 1, -1);
@@ -200,7 +209,9 @@ void AioContext::close() noexcept {
 
 void AioContext::make_back_end() {
   ROOST_CHECK(current() == this, "descriptors and I/O of context '{}' used outside of it", name());
-  if (use_io_uring_) {
+  if (options_.provider) {
+    back_end_ = options_.provider->make_back_end(*this);
+  } else if (use_io_uring_) {
     try {
       back_end_ = make_io_uring_back_end(*this, wake_fd_.get());
     } catch (const std::system_error&) {
@@ -238,6 +249,10 @@ bool AioContext::post(QueueEntry& entry) noexcept {
       break;
   }
   // The context counts this signal as owed and stays until it has come.
+  if (options_.provider) [[unlikely]] {
+    options_.provider->signal();
+    return true;
+  }
   const std::uint64_t one = 1;
   [[maybe_unused]] const ssize_t written = ::write(wake_fd_.get(), &one, sizeof one);
   return true;
@@ -316,6 +331,10 @@ struct LockState {
 
 // Never inlined: as this_thread().
 [[gnu::noinline]] LockState& lock_state() noexcept {
+  if (SimulatedThread* const simulated = this_thread().simulated) [[unlikely]] {
+    if (!simulated->lock_state) simulated->lock_state = std::make_shared<LockState>();
+    return *static_cast<LockState*>(simulated->lock_state.get());
+  }
   thread_local LockState state;
   return state;
 }
@@ -464,17 +483,23 @@ inline bool AioContext::iterate(ThreadState& thread, bool blocking) {
   if (batch_.empty()) take_stream();
   if (holds_ != Lock::kHeld || lock_.wanted()) [[unlikely]]
     begin_iteration(blocking);
+  bool idle_wanted = false;
   bool progress = dispatch_entries(thread);
   if (!progress || entries_since_io_ >= kMaxEntriesBeforeIo) {
     const bool more = !batch_.empty() || !added_.empty() || !idle_due_.empty();
     progress |= serve_io(blocking && !progress && !more && !notified_);
     if (!progress) {
       take_inbox();
+      const bool before = std::exchange(notified_, false);
       progress = dispatch_entries(thread);
+      // An idle bottom half that was scheduled after all came with a notify(), but the idle ones
+      // have had their turn already: the next iteration must not wait before theirs.
+      idle_wanted = notified_ && !idle_.empty();
+      notified_ |= before;
     }
   }
   // A blocking poll that returns has heeded the notify() that it met, if any.
-  if (blocking) notified_ = false;
+  if (blocking) notified_ = idle_wanted;
   return progress;
 }
 
@@ -556,6 +581,10 @@ std::int64_t AioContext::wait_limit_ns() const noexcept {
     limit = limit < 0 ? until : std::min(limit, until);
   }
   return limit;
+}
+
+bool AioContext::may_wait_busily() const noexcept {
+  return options_.poll_max_ns > 0 && poll_budget_.may_spin();
 }
 
 bool AioContext::wait(std::int64_t timeout_ns) {
@@ -752,6 +781,11 @@ void RemoteCall::post_and_wait(AioContext& context) {
               "a call to context '{}' by the thread that has acquired it would wait for ever",
               context.name());
   ROOST_CHECK(context.post(*this), "call to the closed context '{}'", context.name());
+  if (BackEndProvider* const provider = context.options_.provider) {
+    provider->wait_until("a call to another context", [this] { return done_; });
+    if (exception_) std::rethrow_exception(exception_);
+    return;
+  }
   std::unique_lock lock(mutex_);
   done_changed_.wait(lock, [this] { return done_; });
   if (exception_) std::rethrow_exception(exception_);

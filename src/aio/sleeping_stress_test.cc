@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Pushes that meet a context at the very moment it goes to sleep.
-//
-// Invariant: no push is lost: the receiver always wakes up and answers. A lost one shows as a test
-// that does not end.
+// The scenarios of test_sleeping.h on threads, and wake-ups of several kinds at once.
 #include <gtest/gtest.h>
 
-#include <array>
 #include <atomic>
 #include <cstdio>
 #include <memory>
@@ -13,6 +9,7 @@
 #include <vector>
 
 #include "aio/test_loop.h"
+#include "aio/test_sleeping.h"
 #include "base/test_build.h"
 #include "roost/aio/bottom_half.h"
 #include "roost/aio/event_notifier.h"
@@ -26,25 +23,11 @@ constexpr int kSeed = 11;
 
 class SleepingStress : public OnEachLoop {
  protected:
-  // One coroutine goes to and fro; before each hop it works for a random while, so that the hop
-  // meets the other side in every phase of falling asleep.
-  void ping_pong(const AioContextOptions& o, int hops, const char* name) {
+  void ping_pong_on_threads(const AioContextOptions& o, int hops, const char* name) {
+    RealMachine machine(o);
     IOThread a(o);
     IOThread b(o);
-    std::atomic<bool> done{false};
-    int wrong_context = 0;
-    const auto body = [&]() -> Task<void> {
-      TestRandom random(kSeed);
-      for (int i = 0; i < hops; ++i) {
-        IOThread& next = i % 2 ? a : b;
-        for (auto n = random.below(i % 64 ? 64 : 4096); n > 0; --n) RealPlatform::cpu_relax();
-        co_await move_to(next.context());
-        wrong_context += AioContext::current() != &next.context();
-      }
-      done = true;
-    };
-    spawn(a.context(), body());
-    while (!done.load()) std::this_thread::yield();
+    const int wrong_context = ping_pong(machine, a.context(), b.context(), hops, kSeed);
     const auto of_a = a.context().run([&] { return a.context().statistics(); });
     const auto of_b = b.context().run([&] { return b.context().statistics(); });
     std::printf("%s: %d hops, %lu sleeps, %lu spins paid, %lu in vain\n", name, hops,
@@ -64,14 +47,14 @@ ROOST_ON_EACH_LOOP(SleepingStress);
 TEST_P(SleepingStress, PingPongThatSleepsEachTime) {
   auto o = options("sleeper");
   o.poll_max_ns = 0;
-  ping_pong(o, rounds(50'000), "sleeping");
+  ping_pong_on_threads(o, rounds(50'000), "sleeping");
 }
 
 TEST_P(SleepingStress, PingPongThatSpins) {
   PollBudget budget(1000);
   auto o = options("spinner");
   o.poll_budget = &budget;
-  ping_pong(o, rounds(50'000), "spinning");
+  ping_pong_on_threads(o, rounds(50'000), "spinning");
 }
 
 TEST_P(SleepingStress, PingPongOnTheEdgeOfSpinning) {
@@ -79,7 +62,7 @@ TEST_P(SleepingStress, PingPongOnTheEdgeOfSpinning) {
   auto o = options("edge");
   o.poll_budget = &budget;
   o.poll_max_ns = 5'000;
-  ping_pong(o, rounds(50'000), "edge");
+  ping_pong_on_threads(o, rounds(50'000), "edge");
 }
 
 // Pushes, notifies and descriptors all at once, from several threads, to a context that sleeps
@@ -126,49 +109,11 @@ TEST_P(SleepingStress, SeveralKindsOfWakeUpsAtOnce) {
 
 // A wake-up at home from a foreign thread, a million times over: co_wake races with everything.
 TEST_P(SleepingStress, ForeignThreadsWakeManyCoroutinesAtHome) {
-  constexpr int kCoroutines = 16;
   const int wakes = rounds(20'000);
-  IOThread home(options("home"));
-  struct Sleeper {
-    std::atomic<Coroutine*> parked{nullptr};
-    int resumed = 0;
-    bool stop = false;
-    std::atomic<bool> ended{false};
-  };
-  std::array<Sleeper, kCoroutines> sleepers;
-  std::atomic<int> elsewhere{0};
-  const auto body = [&](Sleeper& s) -> Task<void> {
-    while (!s.stop) {
-      co_await suspend([&at = s.parked](Coroutine& co) noexcept { at.store(&co); });
-      ++s.resumed;
-      if (AioContext::current() != &home.context()) ++elsewhere;
-    }
-    s.ended = true;
-  };
-  for (Sleeper& s : sleepers) spawn(home.context(), body(s));
-  std::vector<std::thread> wakers;
-  for (int w = 0; w < 2; ++w) {
-    wakers.emplace_back([&, w] {
-      for (int i = 0; i < wakes; ++i) {
-        Sleeper& s = sleepers[(i * 2 + w) % kCoroutines];
-        Coroutine* co;
-        while (!(co = s.parked.exchange(nullptr))) std::this_thread::yield();
-        co_wake(*co);
-      }
-    });
-  }
-  for (auto& waker : wakers) waker.join();
-  int resumed = 0;
-  for (Sleeper& s : sleepers) {
-    Coroutine* co;
-    while (!(co = s.parked.exchange(nullptr))) std::this_thread::yield();
-    s.stop = true;
-    co_wake(*co);
-    while (!s.ended.load()) std::this_thread::yield();
-    resumed += s.resumed - 1;
-  }
-  EXPECT_EQ(resumed, 2 * wakes);
-  EXPECT_EQ(elsewhere, 0);
+  RealMachine machine(options());
+  const WakeCounts counts = wake_from_outside(machine, 2, wakes);
+  EXPECT_EQ(counts.resumed, 2 * wakes);
+  EXPECT_EQ(counts.elsewhere, 0);
 }
 
 }  // namespace

@@ -42,6 +42,9 @@ namespace roost {
 
 class PollBudget;
 class ThreadPool;
+namespace detail {
+class RemoteCall;
+}
 
 enum class EventLoop : std::uint8_t {
   kAuto,     // io_uring where the kernel allows it, else epoll
@@ -60,6 +63,8 @@ struct AioContextOptions {
   PollBudget* poll_budget = nullptr;
   /// For file I/O of the epoll loop; null: one of its own, made when needed.
   std::shared_ptr<ThreadPool> thread_pool = nullptr;
+  /// Outlives the context; null: the kernel. A Simulation gives its contexts one of its own.
+  BackEndProvider* provider = nullptr;
 };
 
 /// Number of a context, for as long as it lives. A base, so that it comes first and goes last.
@@ -133,10 +138,15 @@ class AioContext final : private AioContextIndex, public CoContext {
   void set_event_notifier(EventNotifier& notifier, std::function<void()> callback);
   void remove_event_notifier(EventNotifier& notifier) { remove_fd_handler(notifier.fd()); }
 
+  /// Whether the thread of this context, which is awake, may wait busily for a few microseconds:
+  /// it does so itself before it sleeps, and no more threads are awake than there are CPUs.
+  bool may_wait_busily() const noexcept;
+
   const Clock& clock() const noexcept { return *options_.clock; }
   TimerQueue& timers() noexcept { return timers_; }
 
-  /// "io_uring" or "epoll". Any thread; before the first poll, what it is going to try.
+  /// "io_uring", "epoll" or "simulated". Any thread; before the first poll, what it is going to
+  /// try.
   const char* back_end_name() const noexcept {
     // Relaxed: it points at a literal.
     return back_end_name_.load(std::memory_order_relaxed);
@@ -180,6 +190,7 @@ class AioContext final : private AioContextIndex, public CoContext {
  private:
   friend class BottomHalf;
   friend class ContextScope;
+  friend class detail::RemoteCall;
   friend void schedule_oneshot(AioContext&, std::function<void()>);
 
   explicit AioContext(AioContextOptions options);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What a context waits with: io_uring, or epoll with a thread pool.
+// What a context waits with: io_uring, epoll with a thread pool, or a simulation.
 //
 // Threads: made, used and destroyed on the context's home thread.
 // Lifetime: owned by the context. It cancels and reaps everything before it goes; requests must
@@ -69,6 +69,31 @@ class BackEnd {
   /// `watch.handler` has changed, was set for the first time, or was removed; a removed watch
   /// belongs to the back end.
   virtual void watch_changed(FdWatch& watch) = 0;
+};
+
+/// What stands in for the kernel where a context is simulated: gives it its back end, carries its
+/// wake-up signals in place of an eventfd, and blocks its callers. One for each context, and
+/// outlives it.
+class BackEndProvider {
+ public:
+  BackEndProvider() = default;
+  BackEndProvider(const BackEndProvider&) = delete;
+  BackEndProvider& operator=(const BackEndProvider&) = delete;
+
+  virtual std::unique_ptr<BackEnd> make_back_end(AioContext& context) = 0;
+
+  /// A producer has found the context asleep. Called by that producer; the signal arrives later,
+  /// by AioContext::signalled().
+  virtual void signal() noexcept = 0;
+
+  /// Blocks the caller until `done()`. `what` says for a report what it waits for.
+  virtual void wait_until(const char* what, const std::function<bool()>& done) = 0;
+
+  /// The context is gone, but for its memory: nothing may reach it any more.
+  virtual void context_gone() noexcept = 0;
+
+ protected:
+  ~BackEndProvider() = default;
 };
 
 /// Throws std::system_error where the kernel refuses. `wake_fd` is the context's eventfd: the back

@@ -39,9 +39,9 @@ struct FutexPark {
   static constexpr unsigned kSpins = 128;
 
   /// Returns once `word` is not `value` any more, or earlier.
-  static void wait(const std::atomic<std::uint64_t>& word, std::uint64_t value) noexcept;
+  static void wait(const RealPlatform::Atomic<std::uint64_t>& word, std::uint64_t value) noexcept;
   /// Wakes who waits for `word`, which may be gone: only its address counts.
-  static void wake(const std::atomic<std::uint64_t>* word) noexcept;
+  static void wake(const RealPlatform::Atomic<std::uint64_t>* word) noexcept;
 };
 
 /// `Park` has the members of FutexPark, for P::Atomic<std::uint64_t>.

@@ -13,7 +13,9 @@
 
 namespace roost {
 
+class Coroutine;
 struct Driver;
+struct SimulatedThread;
 
 class CoContext {
  public:
@@ -54,9 +56,13 @@ class CoContext {
 
 /// What the runtime knows about the calling thread.
 struct ThreadState {
+  // Null on a real thread. A simulated one has more that is its own and not its thread's.
+  SimulatedThread* simulated = nullptr;
   CoContext* context = nullptr;  // the context being polled, or scoped, by this thread
   Driver* driver = nullptr;      // the innermost driver loop on this thread's stack
+  Coroutine* self = nullptr;     // what that loop is resuming now
   FetchAhead posted;             // the entries it posted to other contexts last
+  unsigned thread_locks = 0;     // ThreadMutexes that it holds
 };
 
 /// Never inlined: a coroutine's body may go on on another thread, and must not keep the address of

@@ -60,13 +60,18 @@ class Coroutine final {
 
   /// The coroutine whose body is executing on this thread; null outside of any, and within the
   /// publish step of a suspension.
-  static Coroutine* self() noexcept;
+  [[gnu::noinline]] static Coroutine* self() noexcept;
 
   /// The context on which it ran last; null if it never ran and was made outside of any.
   /// Stable only while the caller holds the coroutine suspended, or is the coroutine.
   CoContext* home() const noexcept { return home_.load(std::memory_order_acquire); }
 
   const char* name() const noexcept { return name_.load(std::memory_order_relaxed); }
+
+  /// What a coroutine in the wait of a primitive waits for; null in every other state. As home().
+  const char* waits_for() const noexcept {
+    return state() == CoState::kWaiting ? waits_for_.load(std::memory_order_relaxed) : nullptr;
+  }
 
   /// A snapshot for messages and tests.
   CoState state() const noexcept { return state_.peek().state(); }
@@ -139,8 +144,11 @@ class Coroutine final {
   CoroutineEntry entry_;                   // the producer that got `embedded`, then its queue
   std::atomic<Place> placed_at_;           // who scheduled, woke or entered it last, for messages
   std::atomic<CoContext*> home_{nullptr};  // written by the driver while running; read by wakers
+  std::atomic<Place> created_at_;          // set once in its life
 
-  // The driver while running; otherwise whoever claims the coroutine next.
+  // The driver while running; otherwise whoever claims the coroutine next. (All of what a
+  // suspension stores is in this line: compilers join neighbouring stores, and across two lines
+  // that is slow.)
   std::coroutine_handle<> suspended_at_;  // where a suspended coroutine goes on
   std::coroutine_handle<> next_;          // what to resume next; null: suspended or ended
   Publish publish_ = nullptr;             // set by a suspension, with its closure
@@ -151,9 +159,8 @@ class Coroutine final {
   std::atomic<const char*> waits_for_{nullptr};  // the name of the wait while waiting
   std::atomic<Place> awaits_at_;                 // the co_await that suspended it last
 
-  // Set once in its life.
-  std::atomic<const char*> name_{nullptr};  // null: the block is free, or being made ready
-  std::atomic<Place> created_at_;
+  // Set once in its life. Null: the block is free, or being made ready.
+  std::atomic<const char*> name_{nullptr};
 
   std::atomic<std::uint32_t> since_{0};  // its context's tick when it was made or last suspended
   std::atomic<std::uint32_t> locks_{0};  // coroutine locks that it owns
@@ -238,11 +245,32 @@ struct PromiseBase {
   static void* operator new(std::size_t size) { return allocate_frame(size); }
   static void operator delete(void* frame, std::size_t size) noexcept { free_frame(frame, size); }
 
-  /// Passes an awaitable on as it is, and notes the place.
-  template <class Awaitable>
-  Awaitable&& await_transform(Awaitable&& awaitable, Place place = Place::current()) noexcept {
+  /// Notes the place and gives the awaiter. Small ones by value: to a temporary that is passed by
+  /// reference GCC gives a place in the frame, and copies it to a second one to await it.
+  template <class Awaiter>
+  requires std::is_trivially_copyable_v<Awaiter> Awaiter
+  await_transform(Awaiter awaiter, Place place = Place::current())
+  noexcept {
     awaits_at = place;
-    return static_cast<Awaitable&&>(awaitable);
+    return awaiter;
+  }
+
+  template <class T>
+  auto await_transform(Task<T> task, Place place = Place::current()) noexcept {
+    awaits_at = place;
+    return std::move(task).operator co_await();
+  }
+
+  template <class Awaitable>
+  requires(!std::is_trivially_copyable_v<std::remove_cvref_t<Awaitable>>) decltype(auto)
+      await_transform(Awaitable&& awaitable, Place place = Place::current()) noexcept {
+    awaits_at = place;
+    if constexpr (requires { static_cast<Awaitable&&>(awaitable).operator co_await(); }) {
+      return static_cast<Awaitable&&>(awaitable).operator co_await();
+    } else {
+      // Never an rvalue reference: what that names would be moved.
+      return static_cast<std::remove_reference_t<Awaitable>&>(awaitable);
+    }
   }
 
   /// Tells the driver what to resume next.

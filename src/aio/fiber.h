@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT
+// Fiber: a call stack that can be left and come back to, on the same thread. It stands in for a
+// thread in a simulation; nothing else in Roost has a stack of its own.
+//
+// Threads: all fibers of a simulation belong to one thread. What the runtime and the language keep
+// for each thread (the current context, exceptions being handled) goes with the fiber.
+// Lifetime: ends when its body returns; it is not destroyed before that (checked).
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstddef>
+#include <functional>
+
+#include "roost/coro/context.h"
+
+namespace roost {
+
+class Fiber {
+ public:
+  explicit Fiber(std::function<void()> body);
+  ~Fiber();
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+
+  /// Runs it on until it pauses or ends. Not from within a fiber.
+  void resume();
+
+  /// Goes back to the caller of resume(). From within this fiber.
+  void pause();
+
+  bool ended() const noexcept { return ended_; }
+
+ private:
+  // What C++ knows of exceptions under way on this thread; the layout is the ABI's.
+  struct Exceptions {
+    void* caught = nullptr;
+    unsigned uncaught = 0;
+  };
+
+  static void start();
+  void run() noexcept;
+  void swap_thread_state() noexcept;
+
+  std::function<void()> body_;
+  std::byte* stack_ = nullptr;
+  ucontext_t own_;
+  ucontext_t caller_;
+  ThreadState thread_state_;  // the fiber's while it is paused, the caller's while it runs
+  Exceptions exceptions_;     // likewise
+  bool ended_ = false;
+  // For the sanitizers.
+  void* fake_stack_ = nullptr;
+  const void* caller_stack_ = nullptr;
+  std::size_t caller_stack_size_ = 0;
+  void* tsan_fiber_ = nullptr;
+  void* tsan_caller_ = nullptr;
+};
+
+}  // namespace roost
