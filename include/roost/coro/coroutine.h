@@ -191,8 +191,8 @@ void co_wake(Coroutine& co, Coroutine::Place place = Coroutine::Place::current()
 /// co_wake for the primitive that suspended `co` with suspend_waiting().
 void wake_waiter(Coroutine& co, Coroutine::Place place = Coroutine::Place::current());
 
-/// As wake_waiter(), but never enters `co` on the caller's stack: where wake_waiter() would, it takes
-/// its turn in its home's queue. For wake-ups that come from code which does not expect it: a
+/// As wake_waiter(), but never enters `co` on the caller's stack: where wake_waiter() would, it
+/// takes its turn in its home's queue. For wake-ups that come from code which does not expect it: a
 /// foreign library's callback, a stop callback, a destructor.
 void wake_waiter_later(Coroutine& co, Coroutine::Place place = Coroutine::Place::current());
 
