@@ -6,14 +6,21 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <array>
+#include <atomic>
 #include <memory>
+#include <stop_token>
 #include <thread>
 #include <vector>
 
 #include "roost/aio/aio_context.h"
 #include "roost/aio/iothread.h"
+#include "roost/coro/completion.h"
 #include "roost/coro/coroutine.h"
 #include "roost/coro/task.h"
+#include "roost/sync/co_mutex.h"
+#include "roost/sync/co_queue.h"
+#include "roost/sync/task_group.h"
 #include "runtime_harness.h"
 
 namespace {
@@ -178,6 +185,181 @@ void await_child(benchmark::State& state) {
   crew.measure(state, 1);
 }
 BENCHMARK(await_child)->UseManualTime();
+
+// A plain counter and the mutex that guards it, on cache lines of their own.
+struct Guarded {
+  alignas(128) roost::CoMutex mutex;
+  alignas(128) uint64_t value = 0;
+};
+
+// One lock, increment and unlock an item. Now and then the loop gets its turn.
+Task<> locker(Crew& crew, int index, Guarded& guarded, AioContext& context) {
+  bench::Counter& rounds = crew.counter(index);
+  for (unsigned round = 1; crew.running(); ++round) {
+    {
+      const auto guard = co_await guarded.mutex.lock();
+      ++guarded.value;
+    }
+    rounds.add();
+    if (round % bench::kRoundsPerTurn == 0) co_await move_to(context);
+  }
+  crew.ended();
+}
+
+void contend(benchmark::State& state, int count, int coroutines) {
+  Guarded guarded;
+  Crew crew(coroutines);
+  auto loops = make_loops(count);
+  for (int i = 0; i < coroutines; ++i) {
+    AioContext& context = loops[i % count]->context();
+    spawn(context, locker(crew, i, guarded, context));
+  }
+  crew.measure(state, coroutines);
+  crew.report_fairness(state);
+  benchmark::DoNotOptimize(guarded.value);
+}
+
+void mutex(benchmark::State& state) {
+  const int count = static_cast<int>(state.range(0));
+  contend(state, count, count * bench::kCoroutinesPerContext);
+}
+BENCHMARK(mutex)->ArgName("contexts")->Arg(1)->Arg(2)->Arg(5)->UseManualTime();
+
+void mutex_uncontended(benchmark::State& state) { contend(state, 1, 1); }
+BENCHMARK(mutex_uncontended)->UseManualTime();
+
+// A bounded queue of numbers: a ring, a mutex, and a queue of waiters for either end.
+struct Pipe {
+  roost::CoMutex mutex;
+  roost::CoQueue not_empty;
+  roost::CoQueue not_full;
+  std::array<uint64_t, bench::kPipeCapacity> ring;
+  uint64_t put = 0;
+  uint64_t got = 0;
+};
+
+Task<> producer(Crew& crew, Pipe& pipe, AioContext& context) {
+  for (unsigned round = 1; crew.running(); ++round) {
+    {
+      auto guard = co_await pipe.mutex.lock();
+      while (pipe.put - pipe.got == pipe.ring.size()) co_await pipe.not_full.wait(guard);
+      pipe.ring[pipe.put++ % pipe.ring.size()] = round;
+      pipe.not_empty.wake_one();
+    }
+    if (round % bench::kRoundsPerTurn == 0) co_await move_to(context);
+  }
+  // The end of the stream.
+  auto guard = co_await pipe.mutex.lock();
+  while (pipe.put - pipe.got == pipe.ring.size()) co_await pipe.not_full.wait(guard);
+  pipe.ring[pipe.put++ % pipe.ring.size()] = 0;
+  pipe.not_empty.wake_one();
+  guard.unlock();
+  crew.ended();
+}
+
+Task<> consumer(Crew& crew, Pipe& pipe, AioContext& context) {
+  bench::Counter& items = crew.counter(0);
+  for (uint64_t item = 1, round = 1; item != 0; ++round) {
+    {
+      auto guard = co_await pipe.mutex.lock();
+      while (pipe.put == pipe.got) co_await pipe.not_empty.wait(guard);
+      item = pipe.ring[pipe.got++ % pipe.ring.size()];
+      pipe.not_full.wake_one();
+    }
+    items.add();
+    if (round % bench::kRoundsPerTurn == 0) co_await move_to(context);
+  }
+  crew.ended();
+}
+
+void queue(benchmark::State& state) {
+  Pipe pipe;
+  Crew crew(2);
+  auto loops = make_loops(2);
+  spawn(loops[0]->context(), producer(crew, pipe, loops[0]->context()));
+  spawn(loops[1]->context(), consumer(crew, pipe, loops[1]->context()));
+  crew.measure(state, 1);
+}
+BENCHMARK(queue)->UseManualTime();
+// An operation that completes on the loop it was started on, in its next iteration.
+struct LocalOperation : roost::CallbackEntry {
+  LocalOperation() noexcept : CallbackEntry(&complete) {}
+  static bool complete(CallbackEntry& entry) noexcept {
+    void* const opaque = static_cast<LocalOperation&>(entry).opaque;
+    roost::CompletionToken<int>::from_opaque(opaque).fire(1);
+    return true;
+  }
+  void* opaque = nullptr;
+};
+
+Task<> wait_here(Crew& crew, AioContext& context) {
+  bench::Counter& completions = crew.counter(0);
+  LocalOperation operation;
+  int sum = 0;
+  while (crew.running()) {
+    roost::Completion<int> done("an operation");
+    operation.opaque = done.token().release();
+    context.post_here(operation);
+    sum += *co_await done.wait();
+    completions.add();
+  }
+  benchmark::DoNotOptimize(sum);
+  crew.ended();
+}
+
+// A thread that roost does not know, which completes one operation after the other.
+Task<> wait_elsewhere(Crew& crew, std::atomic<void*>& mailbox) {
+  bench::Counter& completions = crew.counter(0);
+  int sum = 0;
+  while (crew.running()) {
+    roost::Completion<int> done("an operation");
+    mailbox.store(done.token().release(), std::memory_order_release);
+    sum += *co_await done.wait();
+    completions.add();
+  }
+  benchmark::DoNotOptimize(sum);
+  crew.ended();
+}
+
+void completion(benchmark::State& state) {
+  Crew crew(1);
+  std::atomic<void*> mailbox{nullptr};
+  std::jthread foreign;
+  Loop loop;
+  if (state.range(0)) {
+    foreign = std::jthread([&mailbox](std::stop_token stop) {
+      while (!stop.stop_requested()) {
+        if (void* const opaque = mailbox.exchange(nullptr, std::memory_order_acquire)) {
+          roost::CompletionToken<int>::from_opaque(opaque).fire(1);
+        }
+      }
+    });
+    spawn(loop.context(), wait_elsewhere(crew, mailbox));
+  } else {
+    spawn(loop.context(), wait_here(crew, loop.context()));
+  }
+  crew.measure(state, 1);
+}
+BENCHMARK(completion)->ArgName("foreign")->Arg(0)->Arg(1)->UseManualTime();
+
+Task<> group_of(Crew& crew, int children) {
+  bench::Counter& ended = crew.counter(0);
+  while (crew.running()) {
+    roost::TaskGroup group;
+    for (int i = 0; i < children; ++i) group.spawn(nothing());
+    (void)co_await group.join();
+    ended.add(static_cast<uint64_t>(children));
+  }
+  crew.ended();
+}
+
+void task_group(benchmark::State& state) {
+  Crew crew(1);
+  Loop loop;
+  spawn(loop.context(), group_of(crew, static_cast<int>(state.range(0))));
+  crew.measure(state, 1);
+}
+BENCHMARK(task_group)->ArgName("children")->Arg(2)->Arg(100)->UseManualTime();
 
 Task<> busy(Crew& crew, AioContext& context) {
   while (crew.running()) co_await move_to(context);

@@ -8,20 +8,26 @@
 // the operation.
 #include <sys/eventfd.h>
 
+#include <atomic>
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/bind_executor.hpp>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/deferred.hpp>
 #include <boost/asio/detached.hpp>
 #include <boost/asio/executor_work_guard.hpp>
+#include <boost/asio/experimental/channel.hpp>
+#include <boost/asio/experimental/concurrent_channel.hpp>
+#include <boost/asio/experimental/parallel_group.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/posix/basic_stream_descriptor.hpp>
 #include <boost/asio/post.hpp>
 #include <cstddef>
+#include <exception>
 #include <memory>
 #include <new>
 #include <optional>
 #include <semaphore>
+#include <stop_token>
 #include <string_view>
 #include <thread>
 #include <vector>
@@ -242,6 +248,201 @@ void await_child(benchmark::State& state) {
   crew.measure(state, 1);
 }
 BENCHMARK(await_child)->UseManualTime();
+
+using boost::system::error_code;
+
+// Asio has no mutex for coroutines; a channel with room for one message is what its users take:
+// full means locked. The message goes in without an operation where there is room.
+template <typename Channel>
+struct Guarded {
+  explicit Guarded(Executor executor) : mutex(executor, 1) {}
+  Channel mutex;
+  alignas(128) uint64_t value = 0;
+};
+
+template <typename Channel>
+Awaitable<> locker(Crew& crew, int index, Guarded<Channel>& guarded) {
+  bench::Counter& rounds = crew.counter(index);
+  for (unsigned round = 1; crew.running(); ++round) {
+    if (!guarded.mutex.try_send(error_code())) {
+      co_await guarded.mutex.async_send(error_code(), asio::deferred);
+    }
+    ++guarded.value;
+    guarded.mutex.try_receive([](error_code) {});
+    rounds.add();
+    if (round % bench::kRoundsPerTurn == 0) co_await asio::post(asio::deferred);
+  }
+  crew.ended();
+}
+
+template <typename Channel>
+void contend(benchmark::State& state, int count, int coroutines) {
+  Crew crew(coroutines);
+  auto loops = make_loops(count);
+  Guarded<Channel> guarded(loops[0]->executor());
+  for (int i = 0; i < coroutines; ++i) {
+    asio::co_spawn(loops[i % count]->executor(), locker(crew, i, guarded), asio::detached);
+  }
+  crew.measure(state, coroutines);
+  crew.report_fairness(state);
+  benchmark::DoNotOptimize(guarded.value);
+}
+
+// Of one thread, and of several.
+using Channel = asio::experimental::channel<Executor, void(error_code)>;
+using ConcurrentChannel = asio::experimental::concurrent_channel<Executor, void(error_code)>;
+
+void mutex(benchmark::State& state) {
+  const int count = static_cast<int>(state.range(0));
+  const int coroutines = count * bench::kCoroutinesPerContext;
+  if (count == 1) {
+    contend<Channel>(state, count, coroutines);
+  } else {
+    contend<ConcurrentChannel>(state, count, coroutines);
+  }
+}
+BENCHMARK(mutex)->ArgName("contexts")->Arg(1)->Arg(2)->Arg(5)->UseManualTime();
+
+void mutex_uncontended(benchmark::State& state) { contend<Channel>(state, 1, 1); }
+BENCHMARK(mutex_uncontended)->UseManualTime();
+
+using Pipe = asio::experimental::concurrent_channel<Executor, void(error_code, uint64_t)>;
+
+Awaitable<> producer(Crew& crew, Pipe& pipe) {
+  for (unsigned round = 1; crew.running(); ++round) {
+    if (!pipe.try_send(error_code(), round)) {
+      co_await pipe.async_send(error_code(), round, asio::deferred);
+    }
+    if (round % bench::kRoundsPerTurn == 0) co_await asio::post(asio::deferred);
+  }
+  co_await pipe.async_send(error_code(), 0, asio::deferred);  // the end of the stream
+  crew.ended();
+}
+
+Awaitable<> consumer(Crew& crew, Pipe& pipe) {
+  bench::Counter& items = crew.counter(0);
+  for (uint64_t item = 1, round = 1; item != 0; ++round) {
+    if (!pipe.try_receive([&item](error_code, uint64_t value) { item = value; })) {
+      item = co_await pipe.async_receive(asio::deferred);
+    }
+    items.add();
+    if (round % bench::kRoundsPerTurn == 0) co_await asio::post(asio::deferred);
+  }
+  crew.ended();
+}
+
+void queue(benchmark::State& state) {
+  Crew crew(2);
+  auto loops = make_loops(2);
+  Pipe pipe(loops[0]->executor(), bench::kPipeCapacity);
+  asio::co_spawn(loops[0]->executor(), producer(crew, pipe), asio::detached);
+  asio::co_spawn(loops[1]->executor(), consumer(crew, pipe), asio::detached);
+  crew.measure(state, 1);
+}
+BENCHMARK(queue)->UseManualTime();
+// An operation that completes on the loop it was started on, in its next iteration.
+Awaitable<> wait_here(Crew& crew, Executor executor) {
+  bench::Counter& completions = crew.counter(0);
+  auto initiate = [&executor](auto&& handler) {
+    asio::post(executor, [handler = std::move(handler)]() mutable { std::move(handler)(1); });
+  };
+  int sum = 0;
+  while (crew.running()) {
+    sum +=
+        co_await asio::async_initiate<const asio::deferred_t, void(int)>(initiate, asio::deferred);
+    completions.add();
+  }
+  benchmark::DoNotOptimize(sum);
+  crew.ended();
+}
+
+// What `Parked` is for a handler that takes the result.
+class Pending {
+ public:
+  template <typename Handler>
+  void park(Handler handler) {
+    static_assert(sizeof(Handler) <= sizeof(storage_));
+    new (storage_) Handler(std::move(handler));
+    complete_ = [](void* storage, int result) {
+      Handler& parked = *std::launder(static_cast<Handler*>(storage));
+      Handler taken = std::move(parked);
+      parked.~Handler();
+      const auto executor = asio::get_associated_executor(taken);
+      asio::post(executor,
+                 [taken = std::move(taken), result]() mutable { std::move(taken)(result); });
+    };
+  }
+  void complete(int result) { complete_(storage_, result); }
+
+ private:
+  alignas(void*) std::byte storage_[2 * sizeof(void*)];
+  void (*complete_)(void*, int);
+};
+
+// A thread that Asio does not know, which completes one operation after the other.
+Awaitable<> wait_elsewhere(Crew& crew, std::atomic<Pending*>& mailbox) {
+  bench::Counter& completions = crew.counter(0);
+  Pending pending;
+  auto initiate = [&pending, &mailbox](auto&& handler) {
+    pending.park(std::move(handler));
+    mailbox.store(&pending, std::memory_order_release);
+  };
+  int sum = 0;
+  while (crew.running()) {
+    sum +=
+        co_await asio::async_initiate<const asio::deferred_t, void(int)>(initiate, asio::deferred);
+    completions.add();
+  }
+  benchmark::DoNotOptimize(sum);
+  crew.ended();
+}
+
+void completion(benchmark::State& state) {
+  Crew crew(1);
+  std::atomic<Pending*> mailbox{nullptr};
+  std::jthread foreign;
+  Loop loop;
+  if (state.range(0)) {
+    foreign = std::jthread([&mailbox](std::stop_token stop) {
+      while (!stop.stop_requested()) {
+        if (Pending* const pending = mailbox.exchange(nullptr, std::memory_order_acquire)) {
+          pending->complete(1);
+        }
+      }
+    });
+    asio::co_spawn(loop.executor(), wait_elsewhere(crew, mailbox), asio::detached);
+  } else {
+    asio::co_spawn(loop.executor(), wait_here(crew, loop.executor()), asio::detached);
+  }
+  crew.measure(state, 1);
+}
+BENCHMARK(completion)->ArgName("foreign")->Arg(0)->Arg(1)->UseManualTime();
+
+// What an expert takes for a number of children that is known at run time only.
+Awaitable<> group_of(Crew& crew, Executor executor, int children) {
+  bench::Counter& ended = crew.counter(0);
+  using Child = decltype(asio::co_spawn(executor, nothing(), asio::deferred));
+  while (crew.running()) {
+    std::vector<Child> tasks;
+    tasks.reserve(static_cast<std::size_t>(children));
+    for (int i = 0; i < children; ++i) {
+      tasks.push_back(asio::co_spawn(executor, nothing(), asio::deferred));
+    }
+    co_await asio::experimental::make_parallel_group(std::move(tasks))
+        .async_wait(asio::experimental::wait_for_one_error(), asio::deferred);
+    ended.add(static_cast<uint64_t>(children));
+  }
+  crew.ended();
+}
+
+void task_group(benchmark::State& state) {
+  Crew crew(1);
+  Loop loop;
+  asio::co_spawn(loop.executor(), group_of(crew, loop.executor(), static_cast<int>(state.range(0))),
+                 asio::detached);
+  crew.measure(state, 1);
+}
+BENCHMARK(task_group)->ArgName("children")->Arg(2)->Arg(100)->UseManualTime();
 
 Awaitable<> busy(Crew& crew) {
   while (crew.running()) co_await asio::post(asio::deferred);

@@ -14,6 +14,7 @@
 
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -35,6 +36,10 @@ constexpr int kBurstCoroutines = 1'000'000;
 // Roots made between two turns of the loop in `spawn`: the number that suits Asio best, where the
 // turn is shared by a few and the frames still come from its recycling allocator.
 constexpr int kSpawnBatch = 8;
+// Rounds of a lock between two turns of the loop, so that descriptors are served meanwhile.
+constexpr unsigned kRoundsPerTurn = 64;
+// Items that fit between the producer and the consumer of `queue`.
+constexpr unsigned kPipeCapacity = 64;
 
 // Counts the items of one coroutine, or of all coroutines of one thread.
 struct alignas(64) Counter {
@@ -80,6 +85,15 @@ class Crew {
     state.SetItemsProcessed(static_cast<int64_t>(items));
     stop_.store(true, std::memory_order_relaxed);
     all_ended_.get_future().wait();
+  }
+
+  // How even the turns were, as slowest / median.
+  void report_fairness(benchmark::State& state) const {
+    std::vector<uint64_t> turns;
+    for (const Counter& counter : counters_) turns.push_back(counter.get());
+    std::ranges::sort(turns);
+    state.counters["slowest_to_median"] =
+        static_cast<double>(turns.front()) / static_cast<double>(turns[turns.size() / 2]);
   }
 
  private:

@@ -583,6 +583,10 @@ std::int64_t AioContext::wait_limit_ns() const noexcept {
   return limit;
 }
 
+bool AioContext::may_wait_busily() const noexcept {
+  return options_.poll_max_ns > 0 && poll_budget_.may_spin();
+}
+
 bool AioContext::wait(std::int64_t timeout_ns) {
   BackEnd& io = back_end();
   if (timeout_ns == 0) return poll_now();

@@ -44,10 +44,14 @@ const char* to_string(CoState state) noexcept {
 
 // The loop that runs coroutines; lives on the stack of whoever enters one.
 struct Driver {
-  explicit Driver(ThreadState& on) noexcept : thread(on), outer(on.driver), context(on.context) {
+  explicit Driver(ThreadState& on) noexcept
+      : thread(on), outer(on.driver), outer_self(on.self), context(on.context) {
     thread.driver = this;
   }
-  ~Driver() { thread.driver = outer; }
+  ~Driver() {
+    thread.driver = outer;
+    thread.self = outer_self;
+  }
   Driver(const Driver&) = delete;
   Driver& operator=(const Driver&) = delete;
 
@@ -87,7 +91,7 @@ struct Driver {
   }
 
   void run(Coroutine& co) noexcept {
-    self = &co;
+    thread.self = &co;
     // Release: a waker that learns the home may go on to use what this context published.
     if (co.home_.load(std::memory_order_relaxed) != context) {
       co.home_.store(context, std::memory_order_release);
@@ -97,7 +101,7 @@ struct Driver {
     do {
       co.next_.resume();
     } while (co.next_);
-    self = nullptr;
+    thread.self = nullptr;
     if (const auto publish = std::exchange(co.publish_, nullptr)) {
       publish(co, thread, co.closure_);
     } else {
@@ -110,8 +114,12 @@ struct Driver {
     if (root.promise().exception) abandon_with_exception(co, root.promise().exception);
     root.destroy();
     if (co.locks() != 0) [[unlikely]]
-      panicf("coroutine '{}' ended with {} of its coroutine locks held", co.name(), co.locks());
+      abandon_with_locks(co);
     if (co.state_.end()) Coroutine::release_block(co);
+  }
+
+  [[noreturn, gnu::cold]] static void abandon_with_locks(const Coroutine& co) {
+    panicf("coroutine '{}' ended with {} of its coroutine locks held", co.name(), co.locks());
   }
 
   [[noreturn, gnu::cold]] static void abandon_with_exception(Coroutine& co,
@@ -128,9 +136,9 @@ struct Driver {
 
   ThreadState& thread;
   Driver* const outer;
+  Coroutine* const outer_self;  // what that one is resuming
   CoContext* const context;
-  Coroutine* self = nullptr;       // what this loop is resuming now
-  Coroutine* wake_head = nullptr;  // co_wake'd, waiting for `self` to suspend; linked by link_
+  Coroutine* wake_head = nullptr;  // co_wake'd, run once the current one suspends; linked by link_
   Coroutine* wake_tail = nullptr;
 };
 
@@ -171,18 +179,19 @@ void Coroutine::release_block(Coroutine& co) noexcept {
 void Coroutine::destroy(Coroutine* co, Place place) {
   const auto claim = co->state_.claim_suspended(0, false);
   if (!claim.won) co->misuse("destroy", place, claim.seen);
+  if (co->locks() != 0) [[unlikely]]
+    Driver::abandon_with_locks(*co);
   co->root_.destroy();
   if (co->state_.end()) release_block(*co);
 }
 
-Coroutine* Coroutine::self() noexcept {
-  Driver* driver = this_thread().driver;
-  return driver ? driver->self : nullptr;
-}
+Coroutine* Coroutine::self() noexcept { return thread_state.self; }
 
 bool Coroutine::runs_on_this_thread() const noexcept {
-  const Driver* driver = this_thread().driver;
-  while (driver && driver->self != this) driver = driver->outer;
+  const ThreadState& thread = this_thread();
+  const Driver* driver = thread.driver;
+  if (thread.self == this) return true;
+  while (driver && driver->outer_self != this) driver = driver->outer;
   return driver;
 }
 
@@ -275,6 +284,21 @@ void Coroutine::wake(Coroutine& co, bool owner, Place place) {
 void co_wake(Coroutine& co, Coroutine::Place place) { Coroutine::wake(co, false, place); }
 
 void wake_waiter(Coroutine& co, Coroutine::Place place) { Coroutine::wake(co, true, place); }
+
+void wake_waiter_later(Coroutine& co, Coroutine::Place place) {
+  ThreadState& thread = this_thread();
+  CoContext* const home = co.home();
+  const bool would_enter =
+      home && thread.context == home && !(thread.driver && thread.driver->context == home);
+  if (!would_enter) {
+    Coroutine::wake(co, true, place);
+    return;
+  }
+  const auto schedule = co.state_.schedule(home->index(), true);
+  if (!schedule.won) [[unlikely]]
+    co.misuse("wake-up of the waiting", place, schedule.seen);
+  co.post_schedule(*home, thread, schedule, place);
+}
 
 namespace {
 

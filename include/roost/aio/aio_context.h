@@ -138,6 +138,10 @@ class AioContext final : private AioContextIndex, public CoContext {
   void set_event_notifier(EventNotifier& notifier, std::function<void()> callback);
   void remove_event_notifier(EventNotifier& notifier) { remove_fd_handler(notifier.fd()); }
 
+  /// Whether the thread of this context, which is awake, may wait busily for a few microseconds:
+  /// it does so itself before it sleeps, and no more threads are awake than there are CPUs.
+  bool may_wait_busily() const noexcept;
+
   const Clock& clock() const noexcept { return *options_.clock; }
   TimerQueue& timers() noexcept { return timers_; }
 

@@ -91,9 +91,9 @@ class Inbox {
   /// empty -> sleeping. False: something was queued; take it instead of blocking.
   bool try_sleep() noexcept {
     std::uint64_t expected = kEmpty;
-    // Release: whoever sees `sleeping` sees the consumer's descriptors set up. Acquire is not
-    // needed: on failure take() acquires.
-    return head_.compare_exchange_strong(expected, kSleeping, std::memory_order_release,
+    // Relaxed: nothing is published by it (a producer that replaces `sleeping` only releases, and
+    // knows the eventfd from having been given the context), and on failure take() acquires.
+    return head_.compare_exchange_strong(expected, kSleeping, std::memory_order_relaxed,
                                          std::memory_order_relaxed);
   }
 

@@ -8,6 +8,8 @@
 //               and fetch_* operations of std::atomic, explicit memory orders only;
 //   Shared<T>   a plain variable that threads hand to each other under the protection of an
 //               atomic (a link of a list, say): a checker reports unordered accesses to it;
+//   Mutex       a thread lock with lock() and unlock(), for a few instructions at a time; never held
+//               across a suspension or a wake-up;
 //   cpu_relax() one step of a busy wait.
 //
 // Standalone fences are not part of it: ThreadSanitizer does not see them.
@@ -18,6 +20,7 @@
 #include <atomic>
 #include <concepts>
 #include <cstdint>
+#include <mutex>
 
 namespace roost {
 
@@ -38,6 +41,8 @@ struct RealPlatform {
     T value_;
   };
 
+  using Mutex = std::mutex;
+
   static void cpu_relax() noexcept {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
@@ -49,10 +54,13 @@ struct RealPlatform {
 
 template <class P>
 concept Platform = requires(typename P::template Atomic<std::uint64_t>& word,
-                            typename P::template Shared<void*>& shared) {
+                            typename P::template Shared<void*>& shared,
+                            typename P::Mutex& mutex) {
   { word.load(std::memory_order_relaxed) } -> std::convertible_to<std::uint64_t>;
   word.store(std::uint64_t{}, std::memory_order_release);
   { shared.get() } -> std::convertible_to<void*>;
+  mutex.lock();
+  mutex.unlock();
   P::cpu_relax();
 };
 static_assert(Platform<RealPlatform>);

@@ -30,6 +30,11 @@ class Error {
 template <class T>
 using Result = std::expected<T, Error>;
 
+template <class T>
+inline constexpr bool kIsResult = false;
+template <class T>
+inline constexpr bool kIsResult<Result<T>> = true;
+
 /// For `return fail(ENOSPC, "...")` in a function that returns a Result.
 inline std::unexpected<Error> fail(int code, std::string doing) {
   return std::unexpected<Error>(Error(code, std::move(doing)));

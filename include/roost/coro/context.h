@@ -13,6 +13,7 @@
 
 namespace roost {
 
+class Coroutine;
 struct Driver;
 struct SimulatedThread;
 
@@ -59,7 +60,9 @@ struct ThreadState {
   SimulatedThread* simulated = nullptr;
   CoContext* context = nullptr;  // the context being polled, or scoped, by this thread
   Driver* driver = nullptr;      // the innermost driver loop on this thread's stack
+  Coroutine* self = nullptr;     // what that loop is resuming now
   FetchAhead posted;             // the entries it posted to other contexts last
+  unsigned thread_locks = 0;     // ThreadMutexes that it holds
 };
 
 /// Never inlined: a coroutine's body may go on on another thread, and must not keep the address of

@@ -60,7 +60,7 @@ class Coroutine final {
 
   /// The coroutine whose body is executing on this thread; null outside of any, and within the
   /// publish step of a suspension.
-  static Coroutine* self() noexcept;
+  [[gnu::noinline]] static Coroutine* self() noexcept;
 
   /// The context on which it ran last; null if it never ran and was made outside of any.
   /// Stable only while the caller holds the coroutine suspended, or is the coroutine.
@@ -96,6 +96,7 @@ class Coroutine final {
   friend void co_schedule(CoContext&, Coroutine&, Place);
   friend void co_wake(Coroutine&, Place);
   friend void wake_waiter(Coroutine&, Place);
+  friend void wake_waiter_later(Coroutine&, Place);
   friend bool run_entry(ThreadState&, CoContext&, CoroutineEntry&) noexcept;
   friend void prefetch_entry(const CoroutineEntry&) noexcept;
   friend bool drop_entry(CoroutineEntry&) noexcept;
@@ -143,8 +144,11 @@ class Coroutine final {
   CoroutineEntry entry_;                   // the producer that got `embedded`, then its queue
   std::atomic<Place> placed_at_;           // who scheduled, woke or entered it last, for messages
   std::atomic<CoContext*> home_{nullptr};  // written by the driver while running; read by wakers
+  std::atomic<Place> created_at_;          // set once in its life
 
-  // The driver while running; otherwise whoever claims the coroutine next.
+  // The driver while running; otherwise whoever claims the coroutine next. (All of what a
+  // suspension stores is in this line: compilers join neighbouring stores, and across two lines
+  // that is slow.)
   std::coroutine_handle<> suspended_at_;  // where a suspended coroutine goes on
   std::coroutine_handle<> next_;          // what to resume next; null: suspended or ended
   Publish publish_ = nullptr;             // set by a suspension, with its closure
@@ -155,9 +159,8 @@ class Coroutine final {
   std::atomic<const char*> waits_for_{nullptr};  // the name of the wait while waiting
   std::atomic<Place> awaits_at_;                 // the co_await that suspended it last
 
-  // Set once in its life.
-  std::atomic<const char*> name_{nullptr};  // null: the block is free, or being made ready
-  std::atomic<Place> created_at_;
+  // Set once in its life. Null: the block is free, or being made ready.
+  std::atomic<const char*> name_{nullptr};
 
   std::atomic<std::uint32_t> since_{0};  // its context's tick when it was made or last suspended
   std::atomic<std::uint32_t> locks_{0};  // coroutine locks that it owns
@@ -187,6 +190,11 @@ void co_wake(Coroutine& co, Coroutine::Place place = Coroutine::Place::current()
 
 /// co_wake for the primitive that suspended `co` with suspend_waiting().
 void wake_waiter(Coroutine& co, Coroutine::Place place = Coroutine::Place::current());
+
+/// As wake_waiter(), but never enters `co` on the caller's stack: where wake_waiter() would, it takes
+/// its turn in its home's queue. For wake-ups that come from code which does not expect it: a
+/// foreign library's callback, a stop callback, a destructor.
+void wake_waiter_later(Coroutine& co, Coroutine::Place place = Coroutine::Place::current());
 
 /// A reference that keeps a coroutine's control block, so that it can be asked and entered although
 /// it may run or end elsewhere at the same time.
@@ -237,11 +245,32 @@ struct PromiseBase {
   static void* operator new(std::size_t size) { return allocate_frame(size); }
   static void operator delete(void* frame, std::size_t size) noexcept { free_frame(frame, size); }
 
-  /// Passes an awaitable on as it is, and notes the place.
-  template <class Awaitable>
-  Awaitable&& await_transform(Awaitable&& awaitable, Place place = Place::current()) noexcept {
+  /// Notes the place and gives the awaiter. Small ones by value: to a temporary that is passed by
+  /// reference GCC gives a place in the frame, and copies it to a second one to await it.
+  template <class Awaiter>
+  requires std::is_trivially_copyable_v<Awaiter> Awaiter
+  await_transform(Awaiter awaiter, Place place = Place::current())
+  noexcept {
     awaits_at = place;
-    return static_cast<Awaitable&&>(awaitable);
+    return awaiter;
+  }
+
+  template <class T>
+  auto await_transform(Task<T> task, Place place = Place::current()) noexcept {
+    awaits_at = place;
+    return std::move(task).operator co_await();
+  }
+
+  template <class Awaitable>
+  requires(!std::is_trivially_copyable_v<std::remove_cvref_t<Awaitable>>) decltype(auto)
+      await_transform(Awaitable&& awaitable, Place place = Place::current()) noexcept {
+    awaits_at = place;
+    if constexpr (requires { static_cast<Awaitable&&>(awaitable).operator co_await(); }) {
+      return static_cast<Awaitable&&>(awaitable).operator co_await();
+    } else {
+      // Never an rvalue reference: what that names would be moved.
+      return static_cast<std::remove_reference_t<Awaitable>&>(awaitable);
+    }
   }
 
   /// Tells the driver what to resume next.

@@ -95,29 +95,10 @@ class [[nodiscard]] Task {
     if (frame_) frame_.destroy();
   }
 
-  class Awaiter {
-   public:
-    explicit Awaiter(Handle child) noexcept : child_(child) {}
-
-    bool await_ready() const noexcept { return false; }
-
-    template <class Promise>
-    void await_suspend(std::coroutine_handle<Promise> parent) noexcept {
-      static_assert(std::is_base_of_v<PromiseBase, Promise>, "await a Task inside a roost::Task");
-      Coroutine* co = parent.promise().co;
-      child_.promise().co = co;
-      child_.promise().continuation = parent;
-      PromiseBase::set_next(*co, child_);
-    }
-
-    T await_resume() { return child_.promise().take(); }
-
-   private:
-    Handle child_;
-  };
+  class Awaiter;
 
   /// Runs the task to its end within the awaiting coroutine. A task can be awaited once.
-  Awaiter operator co_await() && noexcept { return Awaiter(frame_); }
+  Awaiter operator co_await() && noexcept;
 
   /// Gives the frame away. For Coroutine.
   Handle release() noexcept { return std::exchange(frame_, nullptr); }
@@ -125,6 +106,33 @@ class [[nodiscard]] Task {
  private:
   Handle frame_;
 };
+
+template <class T>
+class Task<T>::Awaiter {
+ public:
+  explicit Awaiter(Task child) noexcept : child_(std::move(child)) {}
+
+  bool await_ready() const noexcept { return false; }
+
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> parent) noexcept {
+    static_assert(std::is_base_of_v<PromiseBase, Promise>, "await a Task inside a roost::Task");
+    Coroutine* co = parent.promise().co;
+    child_.frame_.promise().co = co;
+    child_.frame_.promise().continuation = parent;
+    PromiseBase::set_next(*co, child_.frame_);
+  }
+
+  T await_resume() { return child_.frame_.promise().take(); }
+
+ private:
+  Task child_;  // its frame goes with the await expression
+};
+
+template <class T>
+auto Task<T>::operator co_await() && noexcept -> Awaiter {
+  return Awaiter(std::move(*this));
+}
 
 namespace detail {
 

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: MIT
+// CoQueue with both kinds of lock, on contexts polled by hand.
+#include "roost/sync/co_queue.h"
+
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "sync/test_sync.h"
+
+namespace roost {
+namespace {
+
+class CoQueues : public SyncTest {
+ protected:
+  Task<> wait(char name) {
+    auto guard = co_await mutex_.lock();
+    co_await queue_.wait(guard);
+    EXPECT_TRUE(guard);
+    EXPECT_FALSE(mutex_.try_lock());
+    order_ += name;
+    homes_.push_back(AioContext::current());
+  }
+  Task<> wait(char name, std::stop_token stop) {
+    auto guard = co_await mutex_.lock();
+    const Result<void> woken = co_await queue_.wait(guard, stop);
+    EXPECT_FALSE(mutex_.try_lock());
+    order_ += woken ? name : static_cast<char>(name - 'a' + 'A');
+  }
+  template <class M>
+  Task<> wait_with(M& mutex, char name, std::stop_token stop) {
+    std::unique_lock lock(mutex);
+    const Result<void> woken = co_await queue_.wait(lock, stop);
+    EXPECT_TRUE(lock.owns_lock());
+    order_ += woken ? name : static_cast<char>(name - 'a' + 'A');
+    homes_.push_back(AioContext::current());
+  }
+  template <class M>
+  static bool is_free(M& mutex) {
+    bool free = false;
+    std::thread([&] {
+      free = mutex.try_lock();
+      if (free) mutex.unlock();
+    }).join();
+    return free;
+  }
+
+  CoMutex mutex_{"the lock"};
+  CoQueue queue_{"the news"};
+  std::vector<AioContext*> homes_;
+};
+
+TEST_F(CoQueues, WaitLetsGoOfTheMutexAndWakeOneWakesTheOldestAtHome) {
+  spawn(a(), wait('1'));
+  spawn(b(), wait('2'));
+  settle();
+  EXPECT_FALSE(queue_.empty());
+  EXPECT_EQ(order_, "");
+  EXPECT_TRUE(queue_.wake_one());
+  settle();
+  EXPECT_EQ(order_, "1");
+  EXPECT_TRUE(queue_.wake_one());
+  settle();
+  EXPECT_EQ(order_, "12");
+  EXPECT_FALSE(queue_.wake_one());
+  EXPECT_EQ(homes_, (std::vector<AioContext*>{&a(), &b()}));
+}
+
+TEST_F(CoQueues, WakeAllMovesTheWaitersToTheMutexAndNobodyCompetesInVain) {
+  for (char name = 'a'; name < 'k'; ++name) {
+    spawn(name % 2 ? a() : b(), wait(name));
+    settle();
+  }
+  const auto waker = [&]() -> Task<> {
+    auto guard = co_await mutex_.lock();
+    EXPECT_EQ(queue_.wake_all(), 10u);
+    EXPECT_TRUE(queue_.empty());
+    co_await yield();
+    order_ += '|';
+  };
+  Coroutine* co = spawn(c(), waker());
+  settle();
+  EXPECT_EQ(order_, "");  // nobody runs before the lock is to be had
+  co_wake(*co);
+  settle();
+  EXPECT_EQ(order_, "|abcdefghij");
+  EXPECT_EQ(mutex_.statistics().defeats, 0u);
+}
+
+TEST_F(CoQueues, AStopEndsTheWaitWithTheMutexHeldAndUsesUpNoWakeUp) {
+  std::stop_source stop;
+  spawn(a(), wait('x', stop.get_token()));
+  settle();
+  spawn(b(), wait('2'));
+  settle();
+  stop.request_stop();
+  settle();
+  EXPECT_EQ(order_, "X");
+  EXPECT_TRUE(queue_.wake_one());
+  settle();
+  EXPECT_EQ(order_, "X2");
+}
+
+TEST_F(CoQueues, AStopRequestedBeforeEndsTheWaitAtOnce) {
+  std::stop_source stop;
+  stop.request_stop();
+  spawn(a(), wait('x', stop.get_token()));
+  settle();
+  EXPECT_EQ(order_, "X");
+  EXPECT_TRUE(queue_.empty());
+}
+
+TEST_F(CoQueues, AStopAfterTheWakeUpChangesNothing) {
+  std::stop_source stop;
+  const auto holder = [&]() -> Task<> {
+    auto guard = co_await mutex_.lock();
+    co_await yield();
+  };
+  spawn(a(), wait('x', stop.get_token()));
+  settle();
+  Coroutine* co = spawn(b(), holder());
+  settle();
+  EXPECT_TRUE(queue_.wake_one());  // on to the mutex, which is held
+  stop.request_stop();
+  settle();
+  EXPECT_EQ(order_, "");
+  co_wake(*co);
+  settle();
+  EXPECT_EQ(order_, "x");
+}
+
+TEST_F(CoQueues, AWaitWithAThreadMutexHoldsItBeforeAndAfterButNotMeanwhile) {
+  ThreadMutex mutex;
+  std::stop_source stop;
+  spawn(b(), wait_with(mutex, 'x', stop.get_token()));
+  settle();
+  EXPECT_TRUE(is_free(mutex));
+  {
+    // The waker may hold it, and be on the waiter's thread.
+    ContextScope scope(b());
+    std::lock_guard lock(mutex);
+    EXPECT_TRUE(queue_.wake_one());
+  }
+  settle();
+  EXPECT_EQ(order_, "x");
+  EXPECT_EQ(homes_, (std::vector<AioContext*>{&b()}));
+  EXPECT_TRUE(is_free(mutex));
+}
+
+TEST_F(CoQueues, AWaitWithAThreadMutexCanBeCancelled) {
+  std::mutex mutex;
+  std::stop_source stop;
+  spawn(a(), wait_with(mutex, 'x', stop.get_token()));
+  spawn(b(), wait_with(mutex, 'y', stop.get_token()));
+  settle();
+  stop.request_stop();
+  settle();
+  EXPECT_EQ(order_, "XY");
+  spawn(b(), wait_with(mutex, 'z', stop.get_token()));
+  settle();
+  EXPECT_EQ(order_, "XYZ");
+  EXPECT_TRUE(is_free(mutex));
+}
+
+TEST_F(CoQueues, WakeAllWithAThreadMutexWakesEverybodyInOrder) {
+  std::mutex mutex;
+  std::stop_source stop;
+  for (char name : {'1', '2', '3'}) {
+    spawn(a(), wait_with(mutex, name, stop.get_token()));
+    settle();
+  }
+  EXPECT_EQ(queue_.wake_all(), 3u);
+  settle();
+  EXPECT_EQ(order_, "123");
+}
+
+using CoQueueDeath = CoQueues;
+
+TEST_F(CoQueueDeath, WaitingWithoutTheMutex) {
+  const auto body = [&]() -> Task<> {
+    CoMutex::Guard none;
+    co_await queue_.wait(none);
+  };
+  EXPECT_DEATH(
+      {
+        spawn(a(), body(), "lockless");
+        settle();
+      },
+      "wait for the news by coroutine 'lockless', which does not hold the mutex");
+}
+
+TEST_F(CoQueueDeath, AnotherThreadMutexHeldDuringTheWait) {
+  ThreadMutex one;
+  ThreadMutex other;
+  const auto body = [&]() -> Task<> {
+    std::lock_guard held(other);
+    std::unique_lock lock(one);
+    co_await queue_.wait(lock);
+  };
+  EXPECT_DEATH(
+      {
+        spawn(a(), body(), "greedy");
+        settle();
+      },
+      "coroutine 'greedy' is about to wait for the news while its thread holds a ThreadMutex");
+}
+
+}  // namespace
+}  // namespace roost
