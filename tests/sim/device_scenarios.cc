@@ -163,13 +163,15 @@ void handlers(Simulation& simulation, SimulatedMachine& machine, Counters& count
     }
   };
   context->run([&, fd = right] { context->set_fd_handler(fd, {.read = read}); });
-  const auto send = [fd = left]() -> Task<void> {
+  bool sent = false;
+  const auto send = [&, fd = left]() -> Task<void> {
     std::vector<std::byte> bytes(kTotal);
     for (std::uint64_t i = 0; i < kTotal; ++i) bytes[i] = byte_at(9, i);
     co_await send_all(fd, bytes);
+    sent = true;
   };
   simulation.spawn(*sender_context, send(), "sender");
-  machine.wait_until([&] { return removed; });
+  machine.wait_until([&] { return removed && sent; });
 }
 
 // ---- Disks

@@ -119,6 +119,15 @@ void closing(Simulation& simulation, SimulatedMachine& machine, Counters& counte
     auto context = machine.add_context("brief");
     int arrived = 0;
     int posting = 0;
+    // Another reason to wake up, so that a poster may be slower with its signal.
+    std::unique_ptr<Timer> timer;
+    const auto wake_again = [&] {
+      if (arrived < 3) timer->arm_after(simulation.random().between(1'000, 20'000));
+    };
+    context->run([&] {
+      timer = std::make_unique<Timer>(*context, wake_again);
+      wake_again();
+    });
     std::array<Post, 3> posts{Post(arrived), Post(arrived), Post(arrived)};
     for (Post& post : posts) {
       machine.add_thread("poster", [&] {
@@ -128,7 +137,7 @@ void closing(Simulation& simulation, SimulatedMachine& machine, Counters& counte
         --posting;
       });
     }
-    machine.wait_until([&] { return arrived == 3; });
+    machine.wait_until([&] { return arrived == 3 && !timer->armed(); });
     counters.add("went_during_post", posting > 0);
     context.reset();
     machine.join_threads();
