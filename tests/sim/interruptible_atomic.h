@@ -14,9 +14,29 @@ namespace roost {
 using InterruptHook = void (*)() noexcept;
 inline InterruptHook interrupt_hook = nullptr;
 
+/// Counts the mutexes held by the simulated thread whose turn it is, which keeps it meanwhile.
+inline int uninterruptible = 0;
+
 inline void maybe_interrupt() noexcept {
-  if (interrupt_hook) interrupt_hook();
+  if (interrupt_hook && uninterruptible == 0) interrupt_hook();
 }
+
+/// A mutex that is never found locked: what it guards is one step of the simulation.
+class InterruptibleMutex {
+ public:
+  void lock() noexcept {
+    maybe_interrupt();
+    ++uninterruptible;
+  }
+  bool try_lock() noexcept {
+    lock();
+    return true;
+  }
+  void unlock() noexcept {
+    --uninterruptible;
+    maybe_interrupt();
+  }
+};
 
 template <class T>
 class InterruptibleAtomic {

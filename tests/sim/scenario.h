@@ -34,5 +34,6 @@ struct Scenario {
 
 std::span<const Scenario> runtime_scenarios();
 std::span<const Scenario> device_scenarios();
+std::span<const Scenario> sync_scenarios();
 
 }  // namespace roost::sim
