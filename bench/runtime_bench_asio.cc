@@ -25,6 +25,7 @@
 #include <boost/asio/posix/basic_stream_descriptor.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/redirect_error.hpp>
+#include <boost/asio/use_awaitable.hpp>
 #include <chrono>
 #include <cstddef>
 #include <exception>
@@ -460,8 +461,9 @@ Awaitable<> waiter(Crew& crew, Executor executor, std::optional<asio::cancellati
     stop.emplace();
     Timer timer(executor, kFarAway);
     boost::system::error_code error;
-    co_await timer.async_wait(
-        asio::bind_cancellation_slot(stop->slot(), asio::redirect_error(asio::deferred, error)));
+    // Not deferred, which redirect_error and as_tuple do not take together with a slot.
+    co_await timer.async_wait(asio::bind_cancellation_slot(
+        stop->slot(), asio::redirect_error(asio::use_awaitable_t<Executor>(), error)));
     if (error == asio::error::operation_aborted) waits.add();
   }
   stop.reset();
