@@ -621,7 +621,8 @@ bool AioContext::wait(std::int64_t timeout_ns) {
   }
 
   // A piece at a time, looking at what has come in between.
-  if (release_frame_memory()) return poll_now();
+  // (Not where a simulation's events would then depend on what ran before it in the process.)
+  if (!options_.provider && release_frame_memory()) return poll_now();
   if (!inbox_.try_sleep()) return poll_now();
   ++statistics_.sleeps;
   poll_budget_.sleeps();

@@ -116,7 +116,7 @@ Task<void> drain(World& world, int index) {
   TestRandom random(index + 100);
   for (int i = 0; i < kDrains; ++i) {
     // Most often there is somebody to wait for.
-    for (int turns = 0; turns < 20 && world.gate.in_flight() == 0; ++turns) {
+    for (int turns = 0; turns < 500 && world.inside.load() == 0; ++turns) {
       co_await move_to(*home);
     }
     const unsigned mode = random.below(4);
