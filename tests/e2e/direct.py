@@ -5,7 +5,7 @@ import json
 import os
 
 from harness import (EVENT_LOOPS, MIB, Skip, case, check, check_equal, pattern_file, run,
-                     same_contents, sparse_file)
+                     same_contents, sparse_file, wait_until)
 from nbd_client import CMD_WRITE_ZEROES, Client
 
 SIZE = 16 * MIB
@@ -40,7 +40,9 @@ def direct_copy_in_and_out(test):
         sparse_file(image, SIZE)
         with serve(test, image, aio) as daemon:
             wanted = {"auto": "io_uring" if test.loop == "io_uring" else "native"}.get(aio, aio)
-            check(f"files by {wanted}, directly" in daemon.stderr(), daemon.describe())
+            # The URI is printed before that line.
+            said = f"files by {wanted}, directly"
+            wait_until(lambda: said in daemon.stderr(), f"'{said}'")  # noqa: B023
             run("nbdcopy", "--flush", source, daemon.uri)
             copy = test.path(f"{aio}.copy")
             run("nbdcopy", daemon.uri, copy)
