@@ -50,9 +50,9 @@ class Fiber {
   Exceptions exceptions_;     // likewise
   bool ended_ = false;
   // For the sanitizers.
-  void* fake_stack_ = nullptr;
-  const void* caller_stack_ = nullptr;
-  std::size_t caller_stack_size_ = 0;
+  [[maybe_unused]] void* fake_stack_ = nullptr;
+  [[maybe_unused]] const void* caller_stack_ = nullptr;
+  [[maybe_unused]] std::size_t caller_stack_size_ = 0;
   void* tsan_fiber_ = nullptr;
   void* tsan_caller_ = nullptr;
 };

@@ -373,7 +373,8 @@ TEST_F(CompletionDeathTest, FiringTwiceThroughAPointerAbortsToo) {
   CompletionToken<int>::from_opaque(opaque).fire(1);
   EXPECT_DEATH(CompletionToken<int>::from_opaque(opaque).fire(2),
                "completion 'an answer', made at .*, fired at .*: it was fired before at ");
-  EXPECT_DEATH(CompletionToken<int>::from_opaque(opaque), "completion 'an answer' fired twice");
+  EXPECT_DEATH(static_cast<void>(CompletionToken<int>::from_opaque(opaque)),
+               "completion 'an answer' fired twice");
 }
 
 TEST_F(CompletionDeathTest, FiringATokenThatWasGivenAwayAborts) {
@@ -387,7 +388,8 @@ TEST_F(CompletionDeathTest, FiringATokenThatWasGivenAwayAborts) {
 TEST_F(CompletionDeathTest, ASecondTokenAborts) {
   Completion<int> done("an answer");
   auto token = done.token();
-  EXPECT_DEATH(done.token(), "second token of completion 'an answer' wanted at coro/completion_");
+  EXPECT_DEATH(static_cast<void>(done.token()),
+               "second token of completion 'an answer' wanted at coro/completion_");
 }
 
 TEST_F(CompletionDeathTest, AWaitWithoutATokenAborts) {
