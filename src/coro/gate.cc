@@ -32,8 +32,8 @@ void Gate::Publish::operator()(Coroutine& co) const noexcept {
 }
 
 void Gate::OnStop::operator()() const noexcept {
-  Coroutine* const co = waiter->co;
-  if (gate->core_.stop(*waiter)) wake_waiter_later(*co);
+  // Only who took the waiter off its list may look into it: before that it may be being set up.
+  if (gate->core_.stop(*waiter)) wake_waiter_later(*waiter->co);
 }
 
 }  // namespace roost
