@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <poll.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -92,21 +93,42 @@ Ran run(const Scenario& scenario, std::uint64_t seed, bool trace, Counters& coun
 }
 
 // A line for each run, before and after: whoever reads them knows what was running when it ends.
+void run_and_tell(const Scenario& scenario, std::uint64_t seed, bool trace) {
+  std::printf("begin %s %lu\n", scenario.name, seed);
+  std::fflush(stdout);
+  Counters counters;
+  const Ran ran = run(scenario, seed, trace, counters);
+  std::printf("end %s %lu %016lx %lu\n", scenario.name, seed, ran.hash, ran.events);
+  for (const auto& [name, value] : counters.values()) {
+    std::printf("count %s.%s %lu\n", scenario.name, name.c_str(), value);
+  }
+  std::fflush(stdout);
+}
+
+// Each run has a process of its own, which begins like that of a replay. Which of the blocks that
+// were freed an allocation gets depends on what ran before; and where a node has the address of an
+// earlier one, a compare-and-swap succeeds that would else be tried again, which is an event more.
 int run_as_child(const Options& options) {
   const auto scenarios = all_scenarios();
   for (std::uint64_t i = 0; i < options.seeds; ++i) {
     const std::uint64_t seed = options.first + (options.downwards ? options.seeds - 1 - i : i);
     for (const Scenario& scenario : scenarios) {
       if (!options.scenario.empty() && options.scenario != scenario.name) continue;
-      std::printf("begin %s %lu\n", scenario.name, seed);
-      std::fflush(stdout);
-      Counters counters;
-      const Ran ran = run(scenario, seed, options.trace, counters);
-      std::printf("end %s %lu %016lx %lu\n", scenario.name, seed, ran.hash, ran.events);
-      for (const auto& [name, value] : counters.values()) {
-        std::printf("count %s.%s %lu\n", scenario.name, name.c_str(), value);
+      const pid_t pid = ::fork();
+      if (pid < 0) return 2;
+      if (pid == 0) {
+        ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // one that hangs goes with the process that began it
+        run_and_tell(scenario, seed, options.trace);
+        ::_exit(0);
       }
-      std::fflush(stdout);
+      int status = 0;
+      ::waitpid(pid, &status, 0);
+      if (WIFSIGNALED(status)) {
+        // End as it ended.
+        ::signal(WTERMSIG(status), SIG_DFL);
+        ::raise(WTERMSIG(status));
+      }
+      if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) return 1;
     }
   }
   return 0;
