@@ -4,9 +4,9 @@
 //   roost_sim_test [--seeds N] [--first S] [--seed S] [--scenario NAME] [--trace] [--list]
 //                  [--expect-failure]
 //
-// Every seed is run in two processes, once going up and once going down, and has to give the same
-// hash of events: nothing of it may depend on addresses, on time, or on what ran before. A failure
-// names the scenario, the seed and the command that replays it.
+// Every seed is run in two processes, each as fresh as a replay, and has to give the same hash of
+// events: nothing of it may depend on where memory lies or on time. A failure names the scenario, the
+// seed and the command that replays it.
 
 #include <fcntl.h>
 #include <fmt/format.h>
