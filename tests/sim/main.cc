@@ -5,8 +5,8 @@
 //                  [--expect-failure]
 //
 // Every seed is run in two processes, each as fresh as a replay, and has to give the same hash of
-// events: nothing of it may depend on where memory lies or on time. A failure names the scenario, the
-// seed and the command that replays it.
+// events: nothing of it may depend on where memory lies or on time. A failure names the scenario,
+// the seed and the command that replays it.
 
 #include <fcntl.h>
 #include <fmt/format.h>
