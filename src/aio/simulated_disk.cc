@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <list>
+#include <memory>
 #include <vector>
 
 #include "aio/simulated_context.h"
@@ -43,8 +44,8 @@ class Disk final : public SimulatedDevice {
     const auto place = in_flight_.insert(in_flight_.end(), {.by = &by, .request = &request});
     // A sync covers what was written when it started.
     const std::uint64_t covers = next_write_;
-    const auto finish = [this, place, life = life_, covers] {
-      if (life != life_) return;  // answered when the power went
+    const auto finish = [this, place, power = std::weak_ptr<const bool>(power_), covers] {
+      if (power.expired()) return;  // answered when the power went; the disk may be gone since
       const Started started = *place;
       in_flight_.erase(place);
       started.by->complete(*started.request, execute(*started.request, covers));
@@ -56,7 +57,6 @@ class Disk final : public SimulatedDevice {
 
   void close() override {
     ROOST_CHECK(in_flight_.empty(), "disk {} is closed with I/O in flight", fd_);
-    ++life_;
   }
 
   std::string in_flight() const override {
@@ -69,7 +69,7 @@ class Disk final : public SimulatedDevice {
   }
 
   void crash() {
-    ++life_;
+    power_ = std::make_shared<const bool>(true);
     for (const Started& started : in_flight_) started.by->complete(*started.request, -EIO);
     in_flight_.clear();
     // What lay in the cache may have got to the medium, in any order but that of one sector.
@@ -197,7 +197,7 @@ class Disk final : public SimulatedDevice {
   std::vector<std::byte> durable_;  // what is on the medium for sure
   std::deque<Write> cached_;        // the difference, oldest first
   std::uint64_t next_write_ = 0;
-  std::uint64_t life_ = 0;  // counts crashes
+  std::shared_ptr<const bool> power_ = std::make_shared<const bool>(true);  // anew with each crash
   std::list<Started> in_flight_;
   std::deque<std::pair<IoRequest::Op, int>> failures_;
 };

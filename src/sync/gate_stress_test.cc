@@ -37,7 +37,6 @@ struct alignas(128) Drainer {
   int waited = 0;
   int at_once = 0;
   int stopped = 0;
-  int beaten = 0;  // a stop was requested, but idleness came first
 };
 
 struct World {
@@ -49,6 +48,7 @@ struct World {
   std::atomic<int> draining{kDrainers};  // not done yet
   std::atomic<int> live{kRequesters + kDrainers};
   std::atomic<int> errors{0};
+  std::atomic<int> beaten{0};         // a stop was requested, but idleness came first
   std::atomic<std::uint64_t> sum{0};  // keeps the plain reads alive
   // Each drainer's stop source on its way to the stopper; null: none.
   std::array<std::atomic<std::stop_source*>, kDrainers> stops{};
@@ -114,7 +114,8 @@ Task<void> drain(World& world, int index) {
   Drainer& me = world.drainers[index];
   CoContext* const home = this_thread().context;
   TestRandom random(index + 100);
-  for (int i = 0; i < kDrains; ++i) {
+  // Until the race between a stop and the last to leave went both ways.
+  for (int i = 0; i < kDrains || (world.beaten.load() == 0 && i < 100 * kDrains); ++i) {
     // Most often there is somebody to wait for.
     for (int turns = 0; turns < 500 && world.inside.load() == 0; ++turns) {
       co_await move_to(*home);
@@ -131,7 +132,7 @@ Task<void> drain(World& world, int index) {
       const Result<void> result = co_await world.gate.idle(source.get_token());
       if (result) {
         if (pass) ++world.errors;
-        me.beaten += source.stop_requested();
+        if (source.stop_requested()) ++world.beaten;
       } else {
         ++me.stopped;
         if (!source.stop_requested()) ++world.errors;
@@ -176,29 +177,28 @@ TEST_P(GateStress, NothingIsInFlightInADrainedSection) {
     thread->join();
   }
   std::uint64_t requests = 0;
-  int refused = 0, waited = 0, at_once = 0, stopped = 0, beaten = 0;
+  int refused = 0, waited = 0, at_once = 0, stopped = 0;
   for (const Requester& requester : world.requesters) {
     requests += requester.requests;
     refused += requester.refused;
   }
   for (const Drainer& drainer : world.drainers) {
-    EXPECT_EQ(drainer.drains, static_cast<std::uint64_t>(kDrains));
+    EXPECT_GE(drainer.drains, static_cast<std::uint64_t>(kDrains));
     waited += drainer.waited;
     at_once += drainer.at_once;
     stopped += drainer.stopped;
-    beaten += drainer.beaten;
   }
   std::printf(
       "requests %lu, refused %d; drains that waited %d, did not wait %d, were stopped %d, "
       "beat the stop %d\n",
-      requests, refused, waited, at_once, stopped, beaten);
+      requests, refused, waited, at_once, stopped, world.beaten.load());
   EXPECT_EQ(world.errors, 0);
   EXPECT_GT(requests, 0u);
   EXPECT_GT(refused, 0);
   EXPECT_GT(waited, 0);
   EXPECT_GT(at_once, 0);
   EXPECT_GT(stopped, 0);
-  EXPECT_GT(beaten, 0);
+  EXPECT_GT(world.beaten.load(), 0);
 }
 
 }  // namespace

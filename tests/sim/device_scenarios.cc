@@ -100,7 +100,9 @@ void echo(Simulation& simulation, SimulatedMachine& machine, Counters& counters)
   std::array<std::shared_ptr<AioContext>, 3> contexts;
   for (auto& context : contexts) context = machine.add_context("echo");
   const auto any_context = [&]() -> AioContext& { return *contexts[random.below(3)]; };
-  std::vector<Connection> connections(4);
+  // Shared with the faults, which may come when all is over.
+  const auto shared = std::make_shared<std::vector<Connection>>(4);
+  std::vector<Connection>& connections = *shared;
   for (std::size_t i = 0; i < connections.size(); ++i) {
     Connection& c = connections[i];
     std::tie(c.client_fd, c.server_fd) = simulation.make_channel({.capacity = 1000});
@@ -112,7 +114,7 @@ void echo(Simulation& simulation, SimulatedMachine& machine, Counters& counters)
     simulation.spawn(any_context(), echo_receiver(simulation, c), "echo receiver");
     if (random.one_in(2)) {
       const bool shut_down = random.one_in(2);
-      simulation.after(random.between(0, 1'000'000), [&simulation, &c, shut_down] {
+      simulation.after(random.between(0, 1'000'000), [&simulation, shared, &c, shut_down] {
         if (c.received == c.total) return;
         c.lost = true;
         shut_down ? simulation.shut_down(c.server_fd) : simulation.break_channel(c.server_fd);
