@@ -14,7 +14,9 @@
 #include "aio/simulated_context.h"
 #include "roost/aio/poll_budget.h"
 #include "roost/aio/thread_pool.h"
+#include "roost/aio/tracer.h"
 #include "roost/base/check.h"
+#include "roost/base/probe.h"
 #include "roost/coro/census.h"
 #include "roost/coro/frame_allocator.h"
 
@@ -150,6 +152,7 @@ AioContext::AioContext(AioContextOptions options)
       back_end_name_(options_.provider ? "simulated"
                      : use_io_uring_   ? "io_uring"
                                        : "epoll") {
+  if (options_.tracer) trace_ = &options_.tracer->add_track(name());
   poll_budget_.woke();
   context_indices().add(*this);
 }
@@ -607,7 +610,10 @@ bool AioContext::wait(std::int64_t timeout_ns) {
     const std::int64_t limit = timeout_ns < 0 ? spin_ns_ : std::min(spin_ns_, timeout_ns);
     io.flush();
     if (poll_hooks_ > 0 && holds_ == Lock::kNo) take_lock();
-    if (spin(limit)) {
+    ROOST_PROBE(run_poll_handlers_begin, this, limit, timeout_ns);
+    const bool found = spin(limit);
+    ROOST_PROBE(run_poll_handlers_end, this, found, timeout_ns);
+    if (found) {
       ++statistics_.spins_paid;
       if (spin_penalty_ > 0) --spin_penalty_;
       const bool hooked = call_poll_hooks();
@@ -630,6 +636,8 @@ bool AioContext::wait(std::int64_t timeout_ns) {
   asleep_ = true;
   // A nested wait has a callback below it, and keeps the lock.
   if (polls_ == 1 && holds_ == Lock::kHeld && give_up_lock()) ++statistics_.lock_passed_idle;
+  if (trace_) [[unlikely]]
+    trace_->sleeps();
   const bool progress = io.poll(timeout_ns);
   wait_ended();
   return progress;
@@ -642,6 +650,8 @@ bool AioContext::poll_now() {
 
 void AioContext::wake_up() noexcept {
   asleep_ = false;
+  if (trace_) [[unlikely]]
+    trace_->woke();
   poll_budget_.woke();
   if (inbox_.wake_up()) ++signals_owed_;
   adapt_spinning(clock().now_ns() - wait_began_ns_);
@@ -710,9 +720,11 @@ bool AioContext::call_poll_hooks() {
 // After a sleep: would a longer busy wait have caught it?
 void AioContext::adapt_spinning(std::int64_t waited_ns) noexcept {
   if (options_.poll_max_ns == 0) return;
+  const std::int64_t before = spin_ns_;
   if (waited_ns > options_.poll_max_ns) {
     // Not even the longest. Halve, and forget small times, so that an idle context sleeps at once.
     spin_ns_ = spin_ns_ > kFirstSpinNs ? spin_ns_ / 2 : 0;
+    if (before > 0) ROOST_PROBE(poll_shrink, this, before, spin_ns_);
     return;
   }
   if (spin_holdoff_ > 0) {
@@ -721,6 +733,7 @@ void AioContext::adapt_spinning(std::int64_t waited_ns) noexcept {
   }
   if (spin_penalty_ > 0) --spin_penalty_;
   spin_ns_ = std::min(std::max(spin_ns_ * 2, kFirstSpinNs), options_.poll_max_ns);
+  if (spin_ns_ != before) ROOST_PROBE(poll_grow, this, before, spin_ns_);
 }
 
 // A nested poll goes on with those that are due.

@@ -8,6 +8,7 @@
 #include <exception>
 
 #include "roost/base/check.h"
+#include "roost/base/probe.h"
 
 namespace roost {
 
@@ -31,6 +32,7 @@ ThreadPool::~ThreadPool() {
 }
 
 bool ThreadPool::submit(Work& work) {
+  ROOST_PROBE(thread_pool_submit, this, &work);
   std::list<Worker> ended;
   bool run_here = false;
   {
@@ -59,7 +61,10 @@ bool ThreadPool::submit(Work& work) {
       enqueue(work);
     }
   }
-  if (run_here) work.run(work);
+  if (run_here) {
+    work.run(work);
+    ROOST_PROBE(thread_pool_complete, this, &work);
+  }
   for (Worker& worker : ended) worker.thread.join();
   return true;
 }
@@ -125,6 +130,7 @@ void ThreadPool::serve(Worker& worker) {
       ++statistics_.executed;
       lock.unlock();
       work->run(*work);
+      ROOST_PROBE(thread_pool_complete, this, work);
       lock.lock();
     }
   } while (wait_for_call(worker, lock));

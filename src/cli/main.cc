@@ -118,6 +118,11 @@ int run(int argc, char** argv) {
       ->add_option("--create", create_size,
                    "Make files that do not exist, sparse, of this SIZE (K, M, G, T)")
       ->type_name("SIZE");
+  serve
+      ->add_option("--trace", options.trace,
+                   "At the end, write what coroutines and event loops did last to FILE, for "
+                   "ui.perfetto.dev")
+      ->type_name("FILE");
   serve->add_flag("--json", options.json, "Describe what is served as one line of JSON");
 
   try {

@@ -8,8 +8,11 @@
 
 #include <atomic>
 #include <cerrno>
+#include <cstdio>
+#include <cstring>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 #include <string_view>
 #include <system_error>
@@ -18,6 +21,7 @@
 #include "roost/aio/census_report.h"
 #include "roost/aio/iothread.h"
 #include "roost/aio/thread_pool.h"
+#include "roost/aio/tracer.h"
 #include "roost/block/block_driver.h"
 #include "roost/export/nbd_server.h"
 
@@ -118,6 +122,42 @@ class CensusPrinter {
   std::thread thread_;
 };
 
+// What --trace asks for. The file is opened at the start, so that one that cannot be is an error
+// then, and not after a week.
+class TraceFile {
+ public:
+  explicit TraceFile(std::string path) : path_(std::move(path)) {
+    if (path_.empty()) return;
+    file_.reset(std::fopen(path_.c_str(), "we"));
+    if (!file_) throw std::system_error(errno, std::generic_category(), path_);
+    tracer_.emplace();
+  }
+
+  /// Null: nothing is traced.
+  Tracer* tracer() noexcept { return tracer_ ? &*tracer_ : nullptr; }
+
+  /// REQUIRES: nobody polls the contexts any more. False after an error, which it has reported.
+  bool write() {
+    if (!tracer_) return true;
+    if (!tracer_->write(file_.get()) || std::fclose(file_.release()) != 0) {
+      report(fmt::format("{}: {}", path_, std::strerror(errno)));
+      return false;
+    }
+    const auto [kept, dropped] = tracer_->statistics();
+    report(fmt::format("{}: {} events; {} older ones were dropped", path_, kept, dropped));
+    return true;
+  }
+
+ private:
+  struct Close {
+    void operator()(std::FILE* file) const noexcept { std::fclose(file); }
+  };
+
+  const std::string path_;
+  std::unique_ptr<std::FILE, Close> file_;
+  std::optional<Tracer> tracer_;
+};
+
 void announce(const ServeOptions& options, const std::vector<Disk>& disks,
               const std::vector<ListenSocket>& sockets, const char* event_loop) {
   if (options.json) {
@@ -182,6 +222,9 @@ int serve_or_throw(const ServeOptions& options) {
     sockets.push_back(std::move(*socket));
   }
 
+  // Before the contexts, which they outlive.
+  TraceFile trace(options.trace);
+
   // Shared by all contexts: the epoll loop does its file I/O there.
   const auto pool = std::make_shared<ThreadPool>();
   const auto context_options = [&](std::string name) {
@@ -189,7 +232,8 @@ int serve_or_throw(const ServeOptions& options) {
                              .event_loop = options.event_loop,
                              .poll_max_ns = options.poll_max_us * 1000,
                              .file_io = options.file_io,
-                             .thread_pool = pool};
+                             .thread_pool = pool,
+                             .tracer = trace.tracer()};
   };
   AioContextOptions main_options = context_options("main");
   main_options.poll_max_ns = 0;  // nothing here is in a hurry
@@ -241,6 +285,7 @@ int serve_or_throw(const ServeOptions& options) {
   Coroutine::create(flush_all(*disks, failed, flushed), "final flush")->enter();
   while (!flushed) main_context->poll(true);
   main_context->remove_fd_handler(signals.fd());
+  if (!trace.write()) failed = true;
   return failed ? 1 : 0;
 }
 

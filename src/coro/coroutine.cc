@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "coro/trace_points.h"
 #include "roost/base/check.h"
 #include "roost/coro/census.h"
 #include "roost/coro/task.h"
@@ -72,15 +73,19 @@ struct Driver {
     return co;
   }
 
+  using Turn = TraceTrack::Turn;
+
   // Runs `co`, whose state is running, and then those that it, and they in turn, woke.
-  static void drive(Coroutine& co, ThreadState& thread) noexcept {
+  static void drive(Coroutine& co, ThreadState& thread, Turn why) noexcept {
     Driver driver(thread);
-    driver.run(co);
+    trace::enter(driver.outer_self, co);
+    driver.run(co, thread, why);
     for (unsigned woken = 0; driver.wake_head; ++woken) {
       Coroutine& next = *driver.take_first();
       if (woken < kMaxWakesPerDrive) {
         next.state_.claim_listed(driver.context->index());
-        driver.run(next);
+        trace::enter(nullptr, next);
+        driver.run(next, thread, Turn::kScheduled);
       } else {
         const auto schedule = next.state_.reschedule_listed(driver.context->index());
         const auto place = next.placed_at_.load(std::memory_order_relaxed);
@@ -90,21 +95,50 @@ struct Driver {
     }
   }
 
-  void run(Coroutine& co) noexcept {
-    thread.self = &co;
+  // (The thread is passed on, since the compiler cannot know that it stays the same.)
+  void run(Coroutine& co, ThreadState& on, Turn why) noexcept {
+    if (context->trace()) [[unlikely]] {
+      run_traced(*context, co, on, why);
+    } else {
+      resume(co, on, context);
+      settle(co, on);
+    }
+  }
+
+  // One look decides for the whole turn.
+  [[gnu::noinline, gnu::cold]] static void run_traced(CoContext& at, Coroutine& co, ThreadState& on,
+                                                      Turn why) noexcept {
+    TraceTrack& track = *at.trace();
+    track.turn_begins(co, why);
+    resume(co, on, &at);
+    // What the suspension publishes belongs to the turn, but the coroutine may be gone by then.
+    const bool ended = !co.publish_;
+    const auto awaits_at = co.awaits_at_.load(std::memory_order_relaxed);
+    settle(co, on);
+    track.turn_ends(ended, awaits_at);
+  }
+
+  [[gnu::always_inline]] static void resume(Coroutine& co, ThreadState& on,
+                                            CoContext* at) noexcept {
+    on.self = &co;
     // Release: a waker that learns the home may go on to use what this context published.
-    if (co.home_.load(std::memory_order_relaxed) != context) {
-      co.home_.store(context, std::memory_order_release);
+    if (co.home_.load(std::memory_order_relaxed) != at) {
+      co.home_.store(at, std::memory_order_release);
     }
     // Each frame that stops says what comes next: a child, its parent, or (null) nothing.
     co.next_ = co.suspended_at_;
     do {
       co.next_.resume();
     } while (co.next_);
-    thread.self = nullptr;
+    on.self = nullptr;
+  }
+
+  [[gnu::always_inline]] static void settle(Coroutine& co, ThreadState& on) noexcept {
     if (const auto publish = std::exchange(co.publish_, nullptr)) {
-      publish(co, thread, co.closure_);
+      trace::yield(co);
+      publish(co, on, co.closure_);
     } else {
+      trace::terminate(co);
       finish(co);
     }
   }
@@ -203,7 +237,7 @@ void Coroutine::enter(Place place) {
   const auto claim = state_.claim_direct(context->index());
   if (!claim.won) misuse("enter", place, claim.seen);
   placed_at_.store(place, std::memory_order_relaxed);
-  Driver::drive(*this, thread);
+  Driver::drive(*this, thread, TraceTrack::Turn::kDirect);
 }
 
 void Coroutine::misuse(const char* what, Place place, CoStateValue seen) const {
@@ -224,6 +258,7 @@ void Coroutine::post_schedule(CoContext& context, ThreadState& thread,
                               const StateWord<RealPlatform>::Schedule& schedule,
                               Place place) noexcept {
   placed_at_.store(place, std::memory_order_relaxed);
+  trace::schedule(context, *this);
   CoroutineEntry* entry = schedule.embedded ? &entry_ : nullptr;
   if (!entry) {
     entry = ::new (allocate_frame(sizeof(SpareEntry))) SpareEntry(*this);
@@ -233,7 +268,7 @@ void Coroutine::post_schedule(CoContext& context, ThreadState& thread,
     context.post_here(*entry);
   } else if (!context.post(*entry)) [[unlikely]] {
     panicf("coroutine '{}' scheduled on the closed context '{}' by {}", name(), context.name(),
-           describe(place));
+           describe(placed_at()));
   }
 }
 
@@ -260,6 +295,7 @@ void Coroutine::wake(Coroutine& co, bool owner, Place place) {
   CoContext* home = co.home();
   ROOST_CHECK(home, "{} of coroutine '{}' at {}: it has no home yet", what, co.name(),
               describe(place));
+  trace::wake(home, co);
   ThreadState& thread = this_thread();
   if (thread.context != home) {
     const auto schedule = co.state_.schedule(home->index(), owner);
@@ -271,13 +307,14 @@ void Coroutine::wake(Coroutine& co, bool owner, Place place) {
     if (!claim.won) [[unlikely]]
       co.misuse(what, place, claim.seen);
     co.placed_at_.store(place, std::memory_order_relaxed);
+    trace::list(*home, co);
     thread.driver->append(co);
   } else {
     const auto claim = co.state_.claim_suspended(home->index(), owner);
     if (!claim.won) [[unlikely]]
       co.misuse(what, place, claim.seen);
     co.placed_at_.store(place, std::memory_order_relaxed);
-    Driver::drive(co, thread);
+    Driver::drive(co, thread, TraceTrack::Turn::kDirect);
   }
 }
 
@@ -294,6 +331,7 @@ void wake_waiter_later(Coroutine& co, Coroutine::Place place) {
     Coroutine::wake(co, true, place);
     return;
   }
+  trace::wake(home, co);
   const auto schedule = co.state_.schedule(home->index(), true);
   if (!schedule.won) [[unlikely]]
     co.misuse("wake-up of the waiting", place, schedule.seen);
@@ -322,7 +360,8 @@ struct EntryCopy {
   using Outcome = StateWord<RealPlatform>::EntryOutcome;
   switch (copy.co.state_.claim_entry(context.index(), copy.generation, copy.embedded)) {
     case Outcome::kRun:
-      Driver::drive(copy.co, thread);
+      trace::turn_has_come(context, copy.co);
+      Driver::drive(copy.co, thread, TraceTrack::Turn::kScheduled);
       return true;
     case Outcome::kStale:
       return false;
@@ -372,7 +411,7 @@ bool CoroutineRef::try_enter(Coroutine::Place place) {
               describe(place));
   if (!co_->state_.claim_direct(context->index()).won) return false;
   co_->placed_at_.store(place, std::memory_order_relaxed);
-  Driver::drive(*co_, thread);
+  Driver::drive(*co_, thread, TraceTrack::Turn::kDirect);
   return true;
 }
 

@@ -5,6 +5,7 @@
 
 #include "roost/aio/aio_context.h"
 #include "roost/base/check.h"
+#include "roost/base/probe.h"
 
 namespace roost {
 
@@ -48,7 +49,10 @@ bool CoMutex::lock_contended(Coroutine& me, Place place) noexcept {
   ROOST_CHECK(core_.holder() != token_of(me),
               "{} ({}) locked by coroutine '{}' at {}, which holds it", name_, fmt::ptr(this),
               me.name(), describe(place));
-  return spin_until_free(me.home()) && core_.try_lock(token_of(me));
+  ROOST_PROBE(co_mutex_lock_entry, this, &me);
+  if (!spin_until_free(me.home()) || !core_.try_lock(token_of(me))) return false;
+  ROOST_PROBE(co_mutex_lock_return, this, &me);
+  return true;
 }
 
 // Waits busily while the lock is held by a coroutine that may be running on another CPU. True: it
@@ -91,6 +95,9 @@ void CoMutex::start(Waiter& waiter) noexcept {
     case Core::Outcome::kQueued:
       return;
     case Core::Outcome::kTaken:
+      ROOST_PROBE(co_mutex_lock_return, this, &co);
+      wake_waiter(co);
+      return;
     case Core::Outcome::kCancelled:
       wake_waiter(co);
       return;
@@ -109,8 +116,10 @@ void CoMutex::unlock_contended(Coroutine* me, Place place) {
            fmt::ptr(this), me ? "coroutine '" : "nobody", me ? me->name() : "", me ? "'" : "",
            describe(place), core_.holder());
   }
+  ROOST_PROBE(co_mutex_unlock_entry, this, me);
   me->lock_released();
   hand_on();
+  ROOST_PROBE(co_mutex_unlock_return, this, me);
 }
 
 // REQUIRES: whoever is acted for holds the lock.
@@ -121,6 +130,7 @@ void CoMutex::hand_on() noexcept {
   if (next.owns) {
     holder_home_.store(nullptr, std::memory_order_relaxed);
     count(counters_.handoffs);
+    ROOST_PROBE(co_mutex_lock_return, this, waiter.co);
     wake_waiter(*waiter.co);
   } else {
     post_turn(waiter);
@@ -147,6 +157,7 @@ bool CoMutex::take_turn(CallbackEntry& entry) noexcept {
       count(mutex.counters_.cancelled_late);
       break;
     case Core::Outcome::kTaken:
+      ROOST_PROBE(co_mutex_lock_return, &mutex, &co);
       break;
   }
   wake_waiter(co);

@@ -42,6 +42,7 @@ namespace roost {
 
 class PollBudget;
 class ThreadPool;
+class Tracer;
 namespace detail {
 class RemoteCall;
 }
@@ -67,6 +68,8 @@ struct AioContextOptions {
   std::shared_ptr<ThreadPool> thread_pool = nullptr;
   /// Outlives the context; null: the kernel. A Simulation gives its contexts one of its own.
   BackEndProvider* provider = nullptr;
+  /// Outlives the context; null: nothing is recorded.
+  Tracer* tracer = nullptr;
 };
 
 /// Number of a context, for as long as it lives. A base, so that it comes first and goes last.

@@ -16,6 +16,7 @@ namespace roost {
 class Coroutine;
 struct Driver;
 struct SimulatedThread;
+class TraceTrack;
 
 class CoContext {
  public:
@@ -38,6 +39,9 @@ class CoContext {
 
   const std::string& name() const noexcept { return name_; }
 
+  /// Who is told what its coroutines do; null: nobody. Constant.
+  TraceTrack* trace() const noexcept { return trace_; }
+
  protected:
   CoContext(std::uint32_t index, std::string name) : index_(index), name_(std::move(name)) {}
   ~CoContext() = default;
@@ -48,6 +52,7 @@ class CoContext {
 
   EntryQueue added_;        // home thread: posted while dispatching, for the next iteration
   std::uint32_t tick_ = 0;  // home thread
+  TraceTrack* trace_ = nullptr;
 
  private:
   std::uint32_t index_;  // below CoStateValue::kMaxContexts, unique among the living

@@ -68,6 +68,10 @@ class Coroutine final {
 
   const char* name() const noexcept { return name_.load(std::memory_order_relaxed); }
 
+  Place created_at() const noexcept { return created_at_.load(std::memory_order_relaxed); }
+  /// Who scheduled, woke or entered it last; line 0: nobody yet.
+  Place placed_at() const noexcept { return placed_at_.load(std::memory_order_relaxed); }
+
   /// What a coroutine in the wait of a primitive waits for; null in every other state. As home().
   const char* waits_for() const noexcept {
     return state() == CoState::kWaiting ? waits_for_.load(std::memory_order_relaxed) : nullptr;
