@@ -13,6 +13,7 @@
 #include "aio/bottom_half_core.h"
 #include "aio/simulated_context.h"
 #include "roost/aio/poll_budget.h"
+#include "roost/aio/stall_detector.h"
 #include "roost/aio/thread_pool.h"
 #include "roost/aio/tracer.h"
 #include "roost/base/check.h"
@@ -153,6 +154,9 @@ AioContext::AioContext(AioContextOptions options)
                      : use_io_uring_   ? "io_uring"
                                        : "epoll") {
   if (options_.tracer) trace_ = &options_.tracer->add_track(name());
+  if (options_.stall_detector && !options_.provider) {
+    stall_watch_ = std::make_unique<StallWatch>(*options_.stall_detector, name(), activity_);
+  }
   poll_budget_.woke();
   context_indices().add(*this);
 }
@@ -369,6 +373,9 @@ class AioContext::PollScope {
         outer_(std::exchange(thread_.dispatching, &context)),
         acquired_before_(context.callbacks_acquired_) {
     if (context_.polls_++ > 0) return;
+    if (context_.stall_watch_) [[unlikely]]
+      context_.stall_watch_->enter();
+    context_.activity_.works();
     if (context_.lock_.owned_by(id_of(thread_))) context_.holds_ = Lock::kAcquired;
   }
 
@@ -381,6 +388,9 @@ class AioContext::PollScope {
       ++context_.statistics_.lock_passed_idle;
     }
     context_.holds_ = Lock::kNo;
+    context_.activity_.rests();
+    if (context_.stall_watch_) [[unlikely]]
+      context_.stall_watch_->leave();
   }
 
   PollScope(const PollScope&) = delete;
@@ -437,9 +447,11 @@ void AioContext::take_lock() noexcept {
   if (!lock_.try_lock()) {
     ++statistics_.lock_waits;
     // Here too this thread leaves its CPU to others.
+    activity_.rests();
     poll_budget_.sleeps();
     lock_.lock();
     poll_budget_.woke();
+    activity_.works();
   }
   holds_ = Lock::kHeld;
 }
@@ -459,9 +471,11 @@ bool AioContext::give_up_lock() noexcept {
 void AioContext::let_others_have_lock() noexcept {
   if (polls_ > 1) return;
   check_callbacks_released();
+  activity_.rests();
   poll_budget_.sleeps();
   if (lock_.let_others()) ++statistics_.lock_passed_busy;
   poll_budget_.woke();
+  activity_.works();
 }
 
 // Off the fast path of iterate(): the lock is not held, or somebody wants it.
@@ -581,6 +595,7 @@ bool AioContext::serve_io(bool may_block) {
   last_io_ns_ = clock().now_ns();
   tick_ = tick_of(last_io_ns_);
   entries_since_io_ = 0;
+  activity_.gets_on();
   if (!timers_.empty()) progress |= timers_.run_due(last_io_ns_);
   run_idle();
   return progress;
@@ -611,7 +626,9 @@ bool AioContext::wait(std::int64_t timeout_ns) {
     io.flush();
     if (poll_hooks_ > 0 && holds_ == Lock::kNo) take_lock();
     ROOST_PROBE(run_poll_handlers_begin, this, limit, timeout_ns);
+    activity_.rests();
     const bool found = spin(limit);
+    activity_.works();
     ROOST_PROBE(run_poll_handlers_end, this, found, timeout_ns);
     if (found) {
       ++statistics_.spins_paid;
@@ -638,6 +655,7 @@ bool AioContext::wait(std::int64_t timeout_ns) {
   if (polls_ == 1 && holds_ == Lock::kHeld && give_up_lock()) ++statistics_.lock_passed_idle;
   if (trace_) [[unlikely]]
     trace_->sleeps();
+  activity_.rests();
   const bool progress = io.poll(timeout_ns);
   wait_ended();
   return progress;
@@ -650,6 +668,7 @@ bool AioContext::poll_now() {
 
 void AioContext::wake_up() noexcept {
   asleep_ = false;
+  activity_.works();
   if (trace_) [[unlikely]]
     trace_->woke();
   poll_budget_.woke();

@@ -123,6 +123,12 @@ int run(int argc, char** argv) {
                    "At the end, write what coroutines and event loops did last to FILE, for "
                    "ui.perfetto.dev")
       ->type_name("FILE");
+  serve
+      ->add_option("--stall-ms", options.stall_ms,
+                   "Report what keeps an event loop busy for this many milliseconds, with its "
+                   "stack; 0: do not look")
+      ->check(CLI::Range(0, 3'600'000))
+      ->capture_default_str();
   serve->add_flag("--json", options.json, "Describe what is served as one line of JSON");
 
   try {

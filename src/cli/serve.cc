@@ -20,6 +20,7 @@
 
 #include "roost/aio/census_report.h"
 #include "roost/aio/iothread.h"
+#include "roost/aio/stall_detector.h"
 #include "roost/aio/thread_pool.h"
 #include "roost/aio/tracer.h"
 #include "roost/block/block_driver.h"
@@ -224,6 +225,10 @@ int serve_or_throw(const ServeOptions& options) {
 
   // Before the contexts, which they outlive.
   TraceFile trace(options.trace);
+  std::optional<StallDetector> stalls;
+  if (options.stall_ms > 0) {
+    stalls.emplace(StallDetector::Options{.threshold_ns = options.stall_ms * 1'000'000});
+  }
 
   // Shared by all contexts: the epoll loop does its file I/O there.
   const auto pool = std::make_shared<ThreadPool>();
@@ -233,7 +238,8 @@ int serve_or_throw(const ServeOptions& options) {
                              .poll_max_ns = options.poll_max_us * 1000,
                              .file_io = options.file_io,
                              .thread_pool = pool,
-                             .tracer = trace.tracer()};
+                             .tracer = trace.tracer(),
+                             .stall_detector = stalls ? &*stalls : nullptr};
   };
   AioContextOptions main_options = context_options("main");
   main_options.poll_max_ns = 0;  // nothing here is in a hurry

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""--trace."""
+"""--trace and --stall-ms."""
 
 import json
+import os
 
-from harness import EVENT_LOOPS, KIB, case, check, check_equal
+from harness import EVENT_LOOPS, KIB, case, check, check_equal, wait_until
 from nbd_client import Client, check_still_serves
 
 
@@ -58,3 +59,24 @@ def trace_that_does_not_fit_is_an_error_at_the_end(test):
         daemon.signal(15)
         check_equal(daemon.wait(), 1, "exit code")
         check("/dev/full: No space left" in daemon.stderr(), f"stderr: {daemon.stderr()}")
+
+
+def thread_names(pid):
+    names = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/comm", encoding="utf-8") as file:
+            names.append(file.read().strip())
+    return names
+
+
+@case(loops=EVENT_LOOPS, sanitized=True)
+def stall_detector_only_where_asked_for(test):
+    """And one that never finds anything does not show. (What it finds, unit tests have.)"""
+    with test.serve("mem:8M") as daemon:
+        check_still_serves(daemon)
+        check("roost-stalls" not in thread_names(daemon.pid), "a thread nobody asked for")
+    with test.serve("mem:8M", "--stall-ms", 3_600_000) as daemon:
+        wait_until(lambda: "roost-stalls" in thread_names(daemon.pid), "the detector's thread")
+        check_still_serves(daemon)
+        daemon.terminate()
+        check("has not got on" not in daemon.stderr(), f"stderr: {daemon.stderr()}")

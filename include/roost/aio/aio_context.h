@@ -30,6 +30,7 @@
 #include <utility>
 #include <vector>
 
+#include "roost/aio/activity.h"
 #include "roost/aio/back_end.h"
 #include "roost/aio/context_lock.h"
 #include "roost/aio/event_notifier.h"
@@ -41,6 +42,8 @@
 namespace roost {
 
 class PollBudget;
+class StallDetector;
+class StallWatch;
 class ThreadPool;
 class Tracer;
 namespace detail {
@@ -70,6 +73,8 @@ struct AioContextOptions {
   BackEndProvider* provider = nullptr;
   /// Outlives the context; null: nothing is recorded.
   Tracer* tracer = nullptr;
+  /// Outlives the context; null: nobody watches whether it gets on. Not in a simulation.
+  StallDetector* stall_detector = nullptr;
 };
 
 /// Number of a context, for as long as it lives. A base, so that it comes first and goes last.
@@ -256,6 +261,7 @@ class AioContext final : private AioContextIndex, public CoContext {
   std::atomic<int> bottom_halves_{0};  // alive
   std::atomic<const char*> back_end_name_;
   ContextLock<RealPlatform, FutexPark> lock_;
+  Activity activity_;
 
   // Home thread.
   EntryQueue batch_;     // taken, to be run in this iteration
@@ -288,6 +294,7 @@ class AioContext final : private AioContextIndex, public CoContext {
     kAcquired,  // by this thread before it polled, which keeps it
   };
   Lock holds_ = Lock::kNo;
+  std::unique_ptr<StallWatch> stall_watch_;  // null: nobody watches
 };
 
 /// acquire() for a scope. Not for coroutines: it may not cross a suspension.
