@@ -26,8 +26,8 @@ struct ServeOptions {
   std::int64_t handshake_timeout_s = 10;
   bool read_only = false;
   std::uint64_t create_size = 0;  // 0: do not create
-  std::string trace;          // where to write what was traced; empty: nothing is
-  std::int64_t stall_ms = 0;  // 0: nobody looks
+  std::string trace;              // where to write what was traced; empty: nothing is
+  std::int64_t stall_ms = 0;      // 0: nobody looks
   bool json = false;
   bool explain = false;  // say how to connect
 };
