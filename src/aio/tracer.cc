@@ -132,12 +132,17 @@ namespace {
 // (The coroutine's address will not do, since it names one coroutine after the other.)
 using Arrows = std::unordered_map<const Event*, std::uint64_t>;
 
-Arrows find_arrows(std::vector<const Event*> events) {
-  std::ranges::stable_sort(events, {}, &Event::at_ns);
+Arrows find_arrows(const std::vector<const Event*>& events) {
+  // In time; those of one moment, as they were recorded.
+  std::vector<std::pair<std::int64_t, std::size_t>> order;
+  order.reserve(events.size());
+  for (std::size_t i = 0; i < events.size(); ++i) order.emplace_back(events[i]->at_ns, i);
+  std::ranges::sort(order);
   std::unordered_map<const Coroutine*, const Event*> pending;
   Arrows arrows;
   std::uint64_t last = 0;
-  for (const Event* event : events) {
+  for (const auto& [at_ns, i] : order) {
+    const Event* const event = events[i];
     if (event->kind == Kind::kSchedule) {
       pending[event->co] = event;
     } else if (begins_turn(event->kind)) {
@@ -309,7 +314,7 @@ bool Tracer::write(std::FILE* to) const {
     dropped += track->dropped();
     for (std::uint64_t i = 0; i < track->kept(); ++i) events.push_back(&(*track)[i]);
   }
-  const Arrows arrows = find_arrows(std::move(events));
+  const Arrows arrows = find_arrows(events);
 
   Writer out(to);
   out.put(

@@ -23,6 +23,10 @@ constexpr unsigned kMaxWakesPerDrive = 64;
 
 ThreadState& this_thread() noexcept { return thread_state; }
 
+void trace::tell_scheduled(const CoContext& to, const Coroutine& co) noexcept {
+  to.trace()->scheduled(co, co.placed_at());
+}
+
 const char* to_string(CoState state) noexcept {
   switch (state) {
     case CoState::kIdle:

@@ -9,10 +9,8 @@
 
 namespace roost::trace {
 
-// Not inlined, and looked at by no optimizer: what is not traced should not make room for it.
-[[gnu::noipa, gnu::cold]] inline void tell_scheduled(const CoContext& to, const Coroutine& co) {
-  to.trace()->scheduled(co, co.placed_at());
-}
+// Out of the way: what is not traced should not make room for it.
+[[gnu::noinline, gnu::cold]] void tell_scheduled(const CoContext& to, const Coroutine& co) noexcept;
 
 // Before the post: after it, the coroutine's turn may have come.
 inline void schedule(CoContext& to, Coroutine& co) noexcept {
