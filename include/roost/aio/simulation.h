@@ -41,6 +41,7 @@ class SimulatedDevice;
 struct SimulatedThread;
 
 struct SimulationOptions {
+  /// What the order of everything is drawn from.
   std::uint64_t seed = 1;
   /// One in so many of the calls that may be interrupted is; 0: none.
   unsigned interrupt_one_in = 8;
@@ -50,6 +51,7 @@ struct SimulationOptions {
   std::function<void(std::string_view)> trace = nullptr;
 };
 
+/// How a channel behaves. Delays are drawn from their range for each piece of data.
 struct SimulatedChannelOptions {
   std::int64_t min_delay_ns = 500;
   std::int64_t max_delay_ns = 50'000;
@@ -57,6 +59,7 @@ struct SimulatedChannelOptions {
   unsigned short_one_in = 4;        // transfers that move less than they could; 0: none
 };
 
+/// How a disk behaves. Delays are drawn from their range for each operation.
 struct SimulatedDiskOptions {
   std::int64_t min_delay_ns = 5'000;
   std::int64_t max_delay_ns = 200'000;
@@ -64,6 +67,7 @@ struct SimulatedDiskOptions {
   unsigned error_one_in = 0;  // operations that fail with EIO; 0: none
 };
 
+/// One run. docs/simulation.md teaches it; the file's head says what is simulated.
 class Simulation {
  public:
   explicit Simulation(SimulationOptions options = {});
@@ -71,6 +75,8 @@ class Simulation {
   Simulation(const Simulation&) = delete;
   Simulation& operator=(const Simulation&) = delete;
 
+  /// The seed it was made with, the virtual time since it was made, the same as a clock, and random
+  /// numbers that belong to the run.
   std::uint64_t seed() const noexcept { return options_.seed; }
   std::int64_t now_ns() const noexcept { return now_ns_; }
   const Clock& clock() const noexcept { return clock_; }

@@ -30,6 +30,7 @@
 
 namespace roost {
 
+/// The file's head says how it is used, and by whom.
 class Gate {
   using Core = GateCore<RealPlatform, std::mutex>;
 
