@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # What `cmake --install` puts where: the layers as static libraries with their headers, the program
-# and its man page, and what find_package(roost) and pkg-config need to find them.
+# and its man page, gdb's commands, and what find_package(roost) and pkg-config need to find them.
 
 # In a build folder the program stands on top, where one looks for it.
 if(TARGET roost)
@@ -22,6 +22,14 @@ if(TARGET roost)
   install(TARGETS roost RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 endif()
 install(FILES docs/man/roost.1 DESTINATION ${CMAKE_INSTALL_MANDIR}/man1)
+
+# gdb's commands, for whoever sources them. Under the prefix /usr, where gdb looks, it loads the
+# second copy by itself together with the program.
+install(FILES scripts/gdb/roost-gdb.py DESTINATION ${CMAKE_INSTALL_DATADIR}/roost/gdb)
+if(TARGET roost)
+  install(FILES scripts/gdb/roost-gdb.py
+          DESTINATION ${CMAKE_INSTALL_DATADIR}/gdb/auto-load${CMAKE_INSTALL_FULL_BINDIR})
+endif()
 
 # find_package(roost), which gives roost::base, roost::coro, roost::aio, ...
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/roost)
