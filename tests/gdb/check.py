@@ -8,6 +8,7 @@
   core      gdb runs the program until it aborts and writes a core file; a second gdb reads that
   live      gdb attaches to the running program
   empty     nothing is alive; and before main()
+  many      more than one chunk of control blocks
   stripped  the symbols are gone
   foreign   not a program of Roost, and no process
 
@@ -252,6 +253,14 @@ def check_empty(gdb, folder):
     expect("roost contexts before main()", contexts, "0 contexts")
 
 
+def check_many(gdb, folder):
+    core = os.path.join(folder, "core")
+    gdb.make_core("many", core)
+    listing, = gdb.ask([gdb.options.program, core], ["roost coroutines"])
+    expect("roost coroutines", listing,
+           "coroutine 'one of many' (ADDRESS) on main loop: idle\n" * 1000 + "1000 coroutines")
+
+
 def check_stripped(gdb, folder):
     core = os.path.join(folder, "core")
     gdb.make_core("empty", core)
@@ -289,7 +298,7 @@ def main():
     parser = argparse.ArgumentParser()
     for option in ("--gdb", "--script", "--program", "--strip", "--objcopy"):
         parser.add_argument(option, required=True)
-    parser.add_argument("case", choices=["core", "live", "empty", "stripped", "foreign"])
+    parser.add_argument("case", choices=["core", "live", "empty", "many", "stripped", "foreign"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="roost-gdb.") as folder:
         globals()[f"check_{options.case}"](Gdb(options), folder)

@@ -5,6 +5,7 @@
 //   inhabitants crash    aborts in a coroutine, others being in every state
 //   inhabitants wait     as above, but says "ready" and waits there until its input ends
 //   inhabitants empty    aborts after its only coroutine has ended
+//   inhabitants many     aborts with a thousand, made among others that are gone
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <unistd.h>
@@ -155,11 +156,22 @@ int empty() {
   std::abort();
 }
 
+int many() {
+  const auto main_loop = make_context("main loop");
+  roost::ContextScope scope(*main_loop);
+  for (int i = 0; i < 2000; ++i) {
+    Coroutine* const co = Coroutine::create(nothing(), "one of many");
+    if (i % 2 == 0) co->enter();
+  }
+  std::abort();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string_view mode = argc == 2 ? argv[1] : "";
   if (mode == "empty") return empty();
+  if (mode == "many") return many();
   if (mode == "crash" || mode == "wait") return inhabited(mode == "crash");
   return 2;
 }
