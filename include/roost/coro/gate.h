@@ -18,7 +18,6 @@
 #pragma once
 
 #include <cerrno>
-#include <mutex>
 #include <optional>
 #include <stop_token>
 #include <utility>
@@ -31,7 +30,7 @@
 namespace roost {
 
 class Gate {
-  using Core = GateCore<RealPlatform, std::mutex>;
+  using Core = GateCore<RealPlatform, RealPlatform::Mutex>;
 
  public:
   /// `name` is for messages and for those who wait, and outlives the gate (a literal).
