@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # What `cmake --install` puts where: the layers as static libraries with their headers, the program
-# and its man page, and what find_package(roost) and pkg-config need to find them. There are two
-# components: `program`, and `development` for those who link the libraries.
+# and its man page, gdb's commands, and what find_package(roost) and pkg-config need to find them.
+# There are two components: `program`, and `development` for those who link the libraries.
 
 # In a build folder the program stands on top, where one looks for it.
 if(TARGET roost)
@@ -24,6 +24,16 @@ if(TARGET roost)
   install(TARGETS roost RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT program)
 endif()
 install(FILES docs/man/roost.1 DESTINATION ${CMAKE_INSTALL_MANDIR}/man1 COMPONENT program)
+
+# gdb's commands, for whoever sources them. Under the prefix /usr, where gdb looks, it loads the
+# second copy by itself together with the program.
+install(FILES scripts/gdb/roost-gdb.py DESTINATION ${CMAKE_INSTALL_DATADIR}/roost/gdb
+        COMPONENT program)
+if(TARGET roost)
+  install(FILES scripts/gdb/roost-gdb.py
+          DESTINATION ${CMAKE_INSTALL_DATADIR}/gdb/auto-load${CMAKE_INSTALL_FULL_BINDIR}
+          COMPONENT program)
+endif()
 
 # find_package(roost), which gives roost::base, roost::coro, roost::aio, ...
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/roost)

@@ -29,6 +29,15 @@ function(roost_add_layer name)
   set_property(GLOBAL APPEND PROPERTY ROOST_LAYERS roost_${name})
 endfunction()
 
+# roost_describe_to_debuggers(source...)
+# keeps the debug information of a few sources in every build. They describe the types from which
+# scripts/gdb/roost-gdb.py reads the coroutines of a process or a core file. (No code changes by it,
+# and nothing more is loaded at run time. Clang would leave out types that another source describes.)
+function(roost_describe_to_debuggers)
+  set_property(SOURCE ${ARGN} APPEND PROPERTY COMPILE_OPTIONS
+    -g $<$<CXX_COMPILER_ID:Clang>:-fstandalone-debug>)
+endfunction()
+
 # roost_add_test(NAME SOURCES file... DEPENDS target... [LABELS label...] [TIMEOUT seconds])
 # makes one GoogleTest program, and one ctest test of each TEST in it.
 function(roost_add_test name)

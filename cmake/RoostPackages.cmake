@@ -10,7 +10,6 @@ set(CPACK_PACKAGE_CONTACT "The Roost authors <roost@localhost>")
 set(CPACK_PACKAGE_DIRECTORY ${PROJECT_BINARY_DIR}/packages)
 set(CPACK_PACKAGING_INSTALL_PREFIX /usr)
 set(CPACK_COMPONENTS_ALL program development)
-set(CPACK_STRIP_FILES ON)  # the program; cmake leaves archives alone
 set(CPACK_PRE_BUILD_SCRIPTS ${PROJECT_SOURCE_DIR}/cmake/package/finish.cmake)
 set(CPACK_ROOST_COPYRIGHT ${PROJECT_SOURCE_DIR}/cmake/package/copyright)
 
@@ -20,6 +19,7 @@ set(CPACK_DEBIAN_PACKAGE_RELEASE 1)
 
 set(CPACK_DEBIAN_PROGRAM_PACKAGE_NAME roost)
 set(CPACK_DEBIAN_PROGRAM_PACKAGE_SECTION admin)
+# Not stripped: gdb's commands read the few types that every build describes.
 set(CPACK_DEBIAN_PROGRAM_PACKAGE_SHLIBDEPS ON)
 set(CPACK_DEBIAN_PROGRAM_DESCRIPTION "The storage daemon: serves files, block devices and memory to NBD clients, from
 several I/O threads, with io_uring where the kernel allows it.")

@@ -7,12 +7,15 @@
 // times, and a stop must have been under way home while its operation ended.
 #include <poll.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <functional>
+#include <memory>
+#include <optional>
 #include <stop_token>
 #include <thread>
 
@@ -207,32 +210,74 @@ TEST_P(CancelStress, APoll) {
 }
 
 TEST_P(CancelStress, ASleep) {
+  // As long as the other thread takes, which only a run can tell: each round that comes to one end
+  // makes the other likelier.
+  std::int64_t delay_ns = 15'000;
   race(
       "sleep",
       [&](std::stop_token stop) -> Task<std::int64_t> {
-        const auto slept = co_await sleep_for(15'000, std::move(stop));
+        const auto slept = co_await sleep_for(delay_ns, std::move(stop));
         co_return slept ? 0 : -slept.error().code();
       },
       [] {},
       [&](std::int64_t result) {
         ASSERT_TRUE(result == 0 || result == -ECANCELED);
         ASSERT_TRUE(context().timers().empty());
+        delay_ns += (result == 0 ? delay_ns : -delay_ns) / 16;
+        delay_ns = std::clamp<std::int64_t>(delay_ns, 1'000, 20'000'000);
       });
 }
 
+// Keeps the only worker of a pool busy until it is let go, so that what is queued behind it can be
+// reached by a stop wherever the threads run.
+class BusyWorker {
+ public:
+  void begin(ThreadPool& pool) {
+    held_.emplace();
+    pool.submit(*held_);
+  }
+  // Every other time the worker is seen to go on: on one CPU it would hardly be before a stop.
+  void let_go() noexcept {
+    held_->state = Held::kLetGo;
+    if (++times_ % 2 == 0) wait();
+  }
+  void wait() const noexcept {
+    while (held_->state != Held::kOver) std::this_thread::yield();
+  }
+
+ private:
+  struct Held : ThreadPool::Work {
+    enum State { kBegun, kLetGo, kOver };
+    Held() {
+      run = [](ThreadPool::Work& work) noexcept {
+        auto& self = static_cast<Held&>(work);
+        while (self.state == kBegun) std::this_thread::yield();
+        self.state = kOver;
+      };
+    }
+    std::atomic<State> state{kBegun};
+  };
+
+  std::optional<Held> held_;
+  int times_ = 0;
+};
+
 TEST_P(CancelStress, WorkOfTheThreadPool) {
   ThreadPool pool(1);
+  BusyWorker worker;
   std::atomic<int> ran{0};
   int ran_before = 0;
   race(
       "pool",
       [&](std::stop_token stop) -> Task<std::int64_t> {
+        worker.begin(pool);
         const auto work = [&] { return static_cast<std::int64_t>(++ran); };
         const Result<std::int64_t> result = co_await pool.run(work, std::move(stop));
         co_return result ? *result : -result.error().code();
       },
-      [] {},
+      [&] { worker.let_go(); },
       [&](std::int64_t result) {
+        worker.wait();
         ASSERT_EQ(ran, ran_before + (result != -ECANCELED));
         ran_before = ran;
       });
@@ -243,22 +288,27 @@ class CancelFileStress : public CancelStress {
   AioContextOptions loop_options() override {
     auto o = options();
     o.file_io = FileIo::kPool;
-    o.thread_pool = std::make_shared<ThreadPool>(1);
+    o.thread_pool = pool_;
     return o;
   }
+
+  std::shared_ptr<ThreadPool> pool_ = std::make_shared<ThreadPool>(1);
 };
 ROOST_ON_EACH_LOOP(CancelFileStress);
 
 TEST_P(CancelFileStress, AnAllocation) {
   const UniqueFd file(::open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
   ASSERT_TRUE(file);
+  BusyWorker worker;
   race(
       "allocate",
       [&](std::stop_token stop) -> Task<std::int64_t> {
+        worker.begin(*pool_);
         co_return co_await io_allocate(file.get(), 0, 0, 4096, std::move(stop));
       },
-      [] {},
+      [&] { worker.let_go(); },
       [&](std::int64_t result) {
+        worker.wait();
         ASSERT_TRUE(result == 0 || result == -ECANCELED) << result;
         ASSERT_EQ(::lseek(file.get(), 0, SEEK_END), result == 0 ? 4096 : 0);
         ASSERT_EQ(::ftruncate(file.get(), 0), 0);

@@ -125,6 +125,22 @@ class Simulation {
   /// Others get their turn now, if the seed says so. For code under test that is to be interrupted.
   void interrupt();
 
+  /// While it lives, nobody else gets a turn, and waiting aborts. For code that tells threads apart
+  /// by what all simulated ones share: std::stop_source::request_stop() takes a thread with the id
+  /// of the one in its callbacks for that one.
+  class Undisturbed {
+   public:
+    explicit Undisturbed(Simulation& simulation) noexcept : simulation_(simulation) {
+      ++simulation_.undisturbed_;
+    }
+    ~Undisturbed() { --simulation_.undisturbed_; }
+    Undisturbed(const Undisturbed&) = delete;
+    Undisturbed& operator=(const Undisturbed&) = delete;
+
+   private:
+    Simulation& simulation_;
+  };
+
   // ---- Events
 
   /// Adds to the hash, and to the trace, something that the code under test did. No addresses, and
@@ -216,6 +232,7 @@ class Simulation {
   std::uint64_t activity_ = 0;          // counts what may end another thread's loop
   unsigned stay_one_in_ = 0;            // drawn from the seed: how often the last one goes on
   unsigned stall_one_in_ = 0;           // drawn from the seed: how often one loses its CPU for long
+  int undisturbed_ = 0;                 // nested Undisturbed
   unsigned looks_allowed_ = 3;          // of a loop that waits, with nothing happening
   SimulatedThread* current_ = nullptr;  // whose turn it is
   SimulatedThread* last_ = nullptr;     // who had the last turn
