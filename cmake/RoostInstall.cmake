@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # What `cmake --install` puts where: the layers as static libraries with their headers, the program
-# and its man page, and what find_package(roost) and pkg-config need to find them.
+# and its man page, gdb's commands, and what find_package(roost) and pkg-config need to find them.
+# There are two components: `program`, and `development` for those who link the libraries.
 
 # In a build folder the program stands on top, where one looks for it.
 if(TARGET roost)
@@ -15,17 +16,29 @@ endif()
 include(CMakePackageConfigHelpers)
 
 get_property(layers GLOBAL PROPERTY ROOST_LAYERS)
-install(TARGETS ${layers} EXPORT roost ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
-install(DIRECTORY include/roost DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}
+install(TARGETS ${layers} EXPORT roost
+        ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT development)
+install(DIRECTORY include/roost DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT development
         FILES_MATCHING PATTERN "*.h")
 if(TARGET roost)
-  install(TARGETS roost RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+  install(TARGETS roost RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT program)
 endif()
-install(FILES docs/man/roost.1 DESTINATION ${CMAKE_INSTALL_MANDIR}/man1)
+install(FILES docs/man/roost.1 DESTINATION ${CMAKE_INSTALL_MANDIR}/man1 COMPONENT program)
+
+# gdb's commands, for whoever sources them. Under the prefix /usr, where gdb looks, it loads the
+# second copy by itself together with the program.
+install(FILES scripts/gdb/roost-gdb.py DESTINATION ${CMAKE_INSTALL_DATADIR}/roost/gdb
+        COMPONENT program)
+if(TARGET roost)
+  install(FILES scripts/gdb/roost-gdb.py
+          DESTINATION ${CMAKE_INSTALL_DATADIR}/gdb/auto-load${CMAKE_INSTALL_FULL_BINDIR}
+          COMPONENT program)
+endif()
 
 # find_package(roost), which gives roost::base, roost::coro, roost::aio, ...
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/roost)
-install(EXPORT roost NAMESPACE roost:: FILE roost-targets.cmake DESTINATION ${package_dir})
+install(EXPORT roost NAMESPACE roost:: FILE roost-targets.cmake DESTINATION ${package_dir}
+        COMPONENT development)
 configure_package_config_file(cmake/roost-config.cmake.in
   ${PROJECT_BINARY_DIR}/install/roost-config.cmake INSTALL_DESTINATION ${package_dir})
 # While the version is below one, each minor version may break what the one before promised.
@@ -33,7 +46,7 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/install/roost-config-vers
   COMPATIBILITY SameMinorVersion)
 install(FILES ${PROJECT_BINARY_DIR}/install/roost-config.cmake
               ${PROJECT_BINARY_DIR}/install/roost-config-version.cmake
-        DESTINATION ${package_dir})
+        DESTINATION ${package_dir} COMPONENT development)
 
 # pkg-config roost. A linker reads archives from left to right, so the last layer comes first.
 # The prefix is found from where the file lies, since `cmake --install` may be given another.
@@ -46,4 +59,6 @@ file(RELATIVE_PATH pc_prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INST
 string(REGEX REPLACE "/$" "" pc_prefix "${pc_prefix}")
 configure_file(cmake/roost.pc.in ${PROJECT_BINARY_DIR}/install/roost.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/install/roost.pc
-        DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
+        DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig COMPONENT development)
+
+include(RoostPackages)

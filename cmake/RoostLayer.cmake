@@ -29,8 +29,18 @@ function(roost_add_layer name)
   set_property(GLOBAL APPEND PROPERTY ROOST_LAYERS roost_${name})
 endfunction()
 
+# roost_describe_to_debuggers(source...)
+# keeps the debug information of a few sources in every build. They describe the types from which
+# scripts/gdb/roost-gdb.py reads the coroutines of a process or a core file. (No code changes by it,
+# and nothing more is loaded at run time. Clang would leave out types that another source describes.)
+function(roost_describe_to_debuggers)
+  set_property(SOURCE ${ARGN} APPEND PROPERTY COMPILE_OPTIONS
+    -g $<$<CXX_COMPILER_ID:Clang>:-fstandalone-debug>)
+endfunction()
+
 # roost_add_test(NAME SOURCES file... DEPENDS target... [LABELS label...] [TIMEOUT seconds])
-# makes one GoogleTest program, and one ctest test of each TEST in it.
+# makes one GoogleTest program, and one ctest test of each TEST in it; with a sanitizer, where a
+# process takes long to start, two of each program of unit tests.
 function(roost_add_test name)
   if(NOT ROOST_BUILD_TESTS)
     return()
@@ -45,6 +55,15 @@ function(roost_add_test name)
   add_executable(${name} ${ARG_SOURCES})
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/src)
   target_link_libraries(${name} PRIVATE roost_options ${ARG_DEPENDS} GTest::gtest GTest::gtest_main)
-  gtest_discover_tests(${name} TEST_PREFIX "${name}." DISCOVERY_TIMEOUT 60
-    PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+  if(ROOST_SANITIZE AND "unit" IN_LIST ARG_LABELS)
+    foreach(half 0 1)
+      add_test(NAME ${name}.half_${half} COMMAND ${name} --gtest_brief=1)
+      set_tests_properties(${name}.half_${half} PROPERTIES
+        LABELS "${ARG_LABELS}" TIMEOUT 600
+        ENVIRONMENT "GTEST_TOTAL_SHARDS=2;GTEST_SHARD_INDEX=${half}")
+    endforeach()
+  else()
+    gtest_discover_tests(${name} TEST_PREFIX "${name}." DISCOVERY_TIMEOUT 60
+      PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+  endif()
 endfunction()

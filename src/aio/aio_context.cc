@@ -110,6 +110,9 @@ ContextIndices& context_indices() {
   return indices;
 }
 
+// For a debugger, which finds it without running code (scripts/gdb/roost-gdb.py).
+[[gnu::used]] const ContextIndices* const every_context = &context_indices();
+
 bool choose_io_uring(EventLoop loop, FileIo file_io) {
   if (file_io == FileIo::kLinuxAio && !linux_aio_available()) {
     throw std::system_error(ENOSYS, std::generic_category(), "Linux AIO");

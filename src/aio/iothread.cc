@@ -9,11 +9,10 @@ namespace roost {
 
 IOThread::IOThread(AioContextOptions options)
     : context_(AioContext::create(std::move(options))), thread_([this] { run(); }) {
-  try {
-    started_.get_future().get();
-  } catch (...) {
+  started_.acquire();
+  if (start_failure_) {
     thread_.join();
-    throw;
+    std::rethrow_exception(start_failure_);
   }
 }
 
@@ -24,10 +23,11 @@ void IOThread::run() {
   try {
     context_->back_end();
   } catch (...) {
-    started_.set_exception(std::current_exception());
+    start_failure_ = std::current_exception();
+    started_.release();
     return;
   }
-  started_.set_value();
+  started_.release();
   context_->poll_until(stop_entry_.reached);
   context_->release_back_end();
 }

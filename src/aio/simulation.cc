@@ -88,9 +88,13 @@ std::shared_ptr<AioContext> Simulation::make_context(std::string name) {
 // What the thread of a context does.
 void Simulation::serve(SimulatedContext& simulated) {
   AioContext& context = *simulated.context;
-  // As an IOThread, which makes its context current once; or as one that polls by hand.
+  // As one that polls by hand, or as an IOThread, which makes its context current once and keeps
+  // the context lock from one iteration to the next.
   std::optional<ContextScope> scope;
-  if (random_.one_in(2)) scope.emplace(context);
+  if (random_.one_in(2)) {
+    scope.emplace(context);
+    if (random_.one_in(2)) context.poll_until(simulated.stop.reached);
+  }
   while (!simulated.stop.reached) {
     const bool blocking = random_.below(8) != 0;
     record("poll", simulated.name, blocking, 0);
@@ -236,10 +240,16 @@ void Simulation::run() {
   }
 }
 
-void Simulation::give_turn(SimulatedThread& thread) { thread.fiber.pause(); }
+void Simulation::give_turn(SimulatedThread& thread) {
+  ROOST_CHECK(undisturbed_ == 0, "thread '{}' of a simulation waits where nobody else may run",
+              thread.name);
+  thread.fiber.pause();
+}
 
 void Simulation::interrupt() {
-  if (current_ && random_.one_in(options_.interrupt_one_in)) give_turn(*current_);
+  if (current_ && undisturbed_ == 0 && random_.one_in(options_.interrupt_one_in)) {
+    give_turn(*current_);
+  }
 }
 
 void Simulation::relax() {

@@ -17,7 +17,9 @@
 #include <vector>
 
 #include "aio/test_loop.h"
+#include "block/file_disk.h"
 #include "roost/aio/aio_context.h"
+#include "roost/aio/simulation.h"
 #include "roost/block/block_driver.h"
 
 namespace roost {
@@ -208,6 +210,37 @@ TEST_P(DiskTest, ManyRequestsAtOnceFromOneContext) {
   };
   for (int i = 0; i < kRequests; ++i) Coroutine::create(body(i))->enter();
   poll_until([&] { return done == kRequests; });
+}
+
+// io_uring may do a part of what it was asked for, at any time. A simulated disk does so in half of
+// its operations.
+TEST(FileDisks, ShortReadsAndWritesFromIoUringAreGoneOnWith) {
+  constexpr std::size_t kSize = 64 << 10;
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+    Simulation simulation({.seed = seed});
+    const int fd = simulation.make_disk(kSize, {.short_one_in = 2});
+    const auto context = simulation.make_context("disk");
+    // A simulation's descriptor is no number that close() knows.
+    const auto disk = make_file_disk("disk", kSize, false, UniqueFd(fd), std::nullopt);
+    const Bytes written = pattern(50'000, static_cast<unsigned>(seed));
+    Bytes copy(written.size());
+    bool done = false;
+    const auto body = [&]() -> Task<void> {
+      const std::span<std::byte> all(const_cast<std::byte*>(written.data()), written.size());
+      const std::array<iovec, 3> pieces{iovec{all.data(), 1'000}, iovec{all.data() + 1'000, 1},
+                                        iovec{all.data() + 1'001, all.size() - 1'001}};
+      const Result<void> write = co_await disk->write(77, pieces, false);
+      EXPECT_TRUE(write) << write.error().message();
+      const Result<void> read = co_await disk->read(77, copy);
+      EXPECT_TRUE(read) << read.error().message();
+      done = true;
+    };
+    simulation.spawn(*context, body(), "short");
+    simulation.run_until([&] { return done; });
+    EXPECT_EQ(copy, written) << "seed " << seed;
+    const auto contents = simulation.disk_contents(fd);
+    EXPECT_TRUE(std::ranges::equal(contents.subspan(77, written.size()), written));
+  }
 }
 
 TEST(OpenFile, NamesTheFileAndTheCause) {

@@ -3,6 +3,7 @@
 // only flush() and FUA writes wait for the device. Or, with O_DIRECT, past it: then requests that
 // are not aligned as the file wants it go through memory that is, and a write of a part of a block
 // reads the block first, while no other write may touch it.
+#include "block/file_disk.h"
 
 #include <fcntl.h>
 #include <linux/fs.h>
@@ -343,6 +344,11 @@ Result<std::uint64_t> size_of(int fd, const std::string& path) {
 
 }  // namespace
 
+std::unique_ptr<BlockDriver> make_file_disk(std::string name, std::uint64_t size, bool read_only,
+                                            UniqueFd fd, std::optional<DirectAlignment> direct) {
+  return std::make_unique<FileDisk>(std::move(name), size, read_only, std::move(fd), direct);
+}
+
 Result<std::unique_ptr<BlockDriver>> open_file(const std::string& path, OpenOptions options) {
   const int access =
       (options.read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | (options.direct ? O_DIRECT : 0);
@@ -377,7 +383,7 @@ Result<std::unique_ptr<BlockDriver>> open_file(const std::string& path, OpenOpti
   }
   // Not wanted for I/O, only so that opening a pipe or a terminal by mistake does not hang.
   ::fcntl(fd.get(), F_SETFL, ::fcntl(fd.get(), F_GETFL) & ~O_NONBLOCK);
-  return std::make_unique<FileDisk>(path, *size, options.read_only, std::move(fd), direct);
+  return make_file_disk(path, *size, options.read_only, std::move(fd), direct);
 }
 
 }  // namespace roost

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "roost/coro/coroutine.h"
 
+#include <fmt/format.h>
+
 #include <cstdlib>
 #include <string>
 

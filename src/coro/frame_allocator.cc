@@ -13,12 +13,9 @@
 #include <atomic>
 #include <bit>
 #include <cstdint>
-#include <memory>
 #include <mutex>
 #include <new>
-#include <set>
 #include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -37,6 +34,48 @@
 
 namespace roost {
 
+namespace {
+
+constexpr std::size_t kChunkHeader = 64;
+
+struct FreeBlock {
+  FreeBlock* next;
+};
+
+// A chunk of blocks of one size, which follow it; its address is a multiple of its size, so a block
+// finds it. Guarded by the depot's mutex. (Under AddressSanitizer each control block has a chunk of
+// its own, smaller, and only the list of all is used.)
+struct alignas(kChunkHeader) Chunk {
+  Chunk* previous = nullptr;  // in the list of chunks with free blocks
+  Chunk* next = nullptr;
+  Chunk* all_previous = nullptr;  // in control_block_chunks, where it is one of those
+  Chunk* all_next = nullptr;
+  FreeBlock* free = nullptr;
+  std::uint32_t free_count = 0;
+  std::uint32_t carved = 0;  // blocks handed out for the first time so far
+  std::uint32_t capacity = 0;
+  bool listed = false;
+};
+static_assert(sizeof(Chunk) == kChunkHeader);
+
+// All chunks of control blocks. A variable, so that a debugger finds them without running code
+// (scripts/gdb/roost-gdb.py). Guarded by the mutex under which control blocks are carved.
+constinit Chunk* control_block_chunks = nullptr;
+
+void remember_control_blocks(Chunk& chunk) noexcept {
+  chunk.all_previous = nullptr;
+  chunk.all_next = control_block_chunks;
+  if (control_block_chunks) control_block_chunks->all_previous = &chunk;
+  control_block_chunks = &chunk;
+}
+
+void forget_control_blocks(Chunk& chunk) noexcept {
+  (chunk.all_previous ? chunk.all_previous->all_next : control_block_chunks) = chunk.all_next;
+  if (chunk.all_next) chunk.all_next->all_previous = chunk.all_previous;
+}
+
+}  // namespace
+
 #if ROOST_CACHE_FRAMES
 
 namespace {
@@ -47,7 +86,6 @@ constexpr std::size_t kSizeClasses = kLargestCachedFrame / kGranule;
 constexpr std::size_t kControlBlocks = kSizeClasses;
 constexpr std::size_t kClasses = kSizeClasses + 1;
 constexpr std::size_t kChunkBytes = 64 << 10;
-constexpr std::size_t kChunkHeader = 64;
 constexpr std::size_t kRegionBytes = 2 << 20;
 constexpr std::size_t kSpareRegions = 4;
 constexpr std::size_t kSpareRegionsWhileBusy = 128;
@@ -64,25 +102,8 @@ constexpr std::uint32_t batch_size(std::size_t index) {
   return static_cast<std::uint32_t>(kFrameCacheBytes / 2 / block_size(index));
 }
 
-struct FreeBlock {
-  FreeBlock* next;
-};
-
 // What to do with a block before its first use; null: nothing.
 using Construct = void (*)(void* block) noexcept;
-
-// A chunk of blocks of one size; its address is a multiple of its size, so a block finds it.
-// Guarded by the depot's mutex.
-struct alignas(kChunkHeader) Chunk {
-  Chunk* previous;  // in the list of chunks with free blocks
-  Chunk* next;
-  FreeBlock* free;
-  std::uint32_t free_count;
-  std::uint32_t carved;  // blocks handed out for the first time so far
-  std::uint32_t capacity;
-  bool listed;
-};
-static_assert(sizeof(Chunk) == kChunkHeader);
 
 // Chunks for every class. Giving memory back to the system interrupts the other CPUs and takes as
 // long as hundreds of turns, so it is done by the region, a few stay, and where an event loop is
@@ -243,7 +264,7 @@ class Depot {
     return list;
   }
 
-  void put(FreeBlock* list) noexcept {
+  void put(std::size_t index, FreeBlock* list) noexcept {
     std::lock_guard lock(mutex_);
     while (FreeBlock* block = list) {
       list = block->next;
@@ -255,7 +276,7 @@ class Depot {
       // All home: it goes, unless it is the only one that has something to give.
       if (++chunk.free_count == chunk.carved && (chunk.previous || chunk.next) && visitors_ == 0) {
         unlist(chunk);
-        if (chunks_) chunks_->erase(&chunk);
+        if (index == kControlBlocks) forget_control_blocks(chunk);
         chunk_source().give_back(&chunk);
       }
     }
@@ -266,8 +287,7 @@ class Depot {
     std::vector<std::pair<char*, std::size_t>> blocks;  // of each chunk: the first, and how many
     {
       std::lock_guard lock(mutex_);
-      if (!chunks_) return;
-      for (Chunk* chunk : *chunks_) {
+      for (Chunk* chunk = control_block_chunks; chunk; chunk = chunk->all_next) {
         blocks.emplace_back(reinterpret_cast<char*>(chunk) + kChunkHeader, chunk->carved);
       }
       ++visitors_;
@@ -281,18 +301,11 @@ class Depot {
 
  private:
   void add_chunk(std::size_t index) {
-    if (index == kControlBlocks && !chunks_) chunks_ = std::make_unique<std::set<Chunk*>>();
     void* memory = chunk_source().take();
-    const auto capacity =
-        static_cast<std::uint32_t>((kChunkBytes - kChunkHeader) / block_size(index));
-    enlist(*::new (memory) Chunk{.previous = nullptr,
-                                 .next = nullptr,
-                                 .free = nullptr,
-                                 .free_count = 0,
-                                 .carved = 0,
-                                 .capacity = capacity,
-                                 .listed = false});
-    if (chunks_) chunks_->insert(available_);
+    auto& chunk = *::new (memory) Chunk;
+    chunk.capacity = static_cast<std::uint32_t>((kChunkBytes - kChunkHeader) / block_size(index));
+    enlist(chunk);
+    if (index == kControlBlocks) remember_control_blocks(chunk);
   }
 
   void enlist(Chunk& chunk) noexcept {
@@ -310,10 +323,9 @@ class Depot {
     chunk.previous = chunk.next = nullptr;
   }
 
-  std::mutex mutex_;                          // guards everything below
-  Chunk* available_ = nullptr;                // chunks that have a block to give
-  std::unique_ptr<std::set<Chunk*>> chunks_;  // all of them, where there are visitors
-  unsigned visitors_ = 0;                     // while there are any, no chunk goes
+  std::mutex mutex_;            // guards everything below
+  Chunk* available_ = nullptr;  // chunks that have a block to give
+  unsigned visitors_ = 0;       // while there are any, no chunk goes
 };
 
 Depot& depot(std::size_t index) {
@@ -337,8 +349,8 @@ struct FrameCache {
   void give_back() noexcept {
     for (std::size_t index = 0; index < kClasses; ++index) {
       Class& mine = classes[index];
-      if (mine.free) depot(index).put(mine.free);
-      if (mine.spare) depot(index).put(mine.spare);
+      if (mine.free) depot(index).put(index, mine.free);
+      if (mine.spare) depot(index).put(index, mine.spare);
       mine = Class{};
     }
     ended = true;
@@ -370,7 +382,7 @@ struct FrameCache {
     FreeBlock* const full = std::exchange(mine.free, nullptr);
     const std::uint32_t count = std::exchange(mine.count, 0);
     if (mine.spare || mine.limit == 0) {
-      depot(index).put(full);
+      depot(index).put(index, full);
     } else {
       mine.spare = full;
       mine.spare_count = count;
@@ -460,41 +472,36 @@ void free_frame(void* block, std::size_t) noexcept { ::operator delete(block); }
 
 namespace {
 
-struct ControlBlocks {
-  std::mutex mutex;
-  std::unordered_set<void*> in_use;
-};
-
-// Never destroyed: coroutines may end while static objects go.
-ControlBlocks& control_blocks() {
-  static ControlBlocks* const blocks = new ControlBlocks;
-  return *blocks;
-}
+constinit std::mutex control_blocks_mutex;
 
 }  // namespace
 
 void* allocate_control_block(void (*construct)(void* block) noexcept) {
-  ControlBlocks& blocks = control_blocks();
-  void* const block = ::operator new(kControlBlockBytes);
+  auto* const chunk =
+      ::new (::operator new (kChunkHeader + kControlBlockBytes, std::align_val_t{kChunkHeader}))
+          Chunk;
+  void* const block = chunk + 1;
   construct(block);
-  std::lock_guard lock(blocks.mutex);
-  blocks.in_use.insert(block);
+  std::lock_guard lock(control_blocks_mutex);
+  chunk->carved = chunk->capacity = 1;
+  remember_control_blocks(*chunk);
   return block;
 }
 
 void free_control_block(void* block) noexcept {
-  ControlBlocks& blocks = control_blocks();
+  Chunk* const chunk = static_cast<Chunk*>(block) - 1;
   {
-    std::lock_guard lock(blocks.mutex);
-    blocks.in_use.erase(block);
+    std::lock_guard lock(control_blocks_mutex);
+    forget_control_blocks(*chunk);
   }
-  ::operator delete(block);
+  ::operator delete (chunk, std::align_val_t{kChunkHeader});
 }
 
 void for_each_control_block(void (*visit)(void* block, void* argument), void* argument) {
-  ControlBlocks& blocks = control_blocks();
-  std::lock_guard lock(blocks.mutex);
-  for (void* block : blocks.in_use) visit(block, argument);
+  std::lock_guard lock(control_blocks_mutex);
+  for (Chunk* chunk = control_block_chunks; chunk; chunk = chunk->all_next) {
+    visit(chunk + 1, argument);
+  }
 }
 
 #endif

@@ -217,8 +217,9 @@ TEST_F(Tasks, AChildStaysInItsParentsCoroutine) {
 }
 
 // Within a co_await expression GCC 12.2 destroys some temporaries twice: closures with captures
-// that have destructors, and aggregates. This says whether the compiler at hand does, and checks
-// the way round it: objects with names.
+// that have destructors, aggregates, and what the branches of a conditional operator make. This
+// says whether the compiler at hand does, and checks the way round it: objects with names, and
+// conditions outside of the await.
 struct Aggregate {
   Witness witness;
 };
@@ -234,10 +235,14 @@ Task<void> take_aggregate(Aggregate) { co_return; }
 TEST_F(Tasks, TheCompilerTrapOfTemporariesInAnAwaitExpression) {
   int of_closure = 0;
   int of_aggregate = 0;
+  int of_branch = 0;
   int named = 0;
+  bool first = true;
   const auto body = [&]() -> Task<void> {
     co_await call([w = Witness(of_closure)] {});  // the trap itself
     co_await take_aggregate(Aggregate{Witness(of_aggregate)});
+    const Witness witness(of_branch);
+    co_await (first ? take(witness) : take(witness));  // the trap itself
   };
   const auto careful = [&]() -> Task<void> {
     const auto closure = [w = Witness(named)] {};
@@ -246,12 +251,13 @@ TEST_F(Tasks, TheCompilerTrapOfTemporariesInAnAwaitExpression) {
     co_await take_aggregate(aggregate);
     const Witness witness(named);
     co_await take(witness);
+    first ? co_await take(witness) : co_await take(witness);
   };
   run(body());
   run(careful());
-  const bool trap = of_closure != 0 || of_aggregate != 0;
-  std::printf("this compiler %s temporaries of an await expression twice (%d, %d)\n",
-              trap ? "DESTROYS" : "does not destroy", of_closure, of_aggregate);
+  const bool trap = of_closure != 0 || of_aggregate != 0 || of_branch != 0;
+  std::printf("this compiler %s temporaries of an await expression twice (%d, %d, %d)\n",
+              trap ? "DESTROYS" : "does not destroy", of_closure, of_aggregate, of_branch);
   RecordProperty("destroys_await_temporaries_twice", trap);
   EXPECT_EQ(named, 0);
 #if defined(__clang__)

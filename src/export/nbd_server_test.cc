@@ -378,6 +378,36 @@ TEST_P(NbdServerTest, StoppingAnswersWhatWasRead) {
   EXPECT_TRUE(log().empty());
 }
 
+// The server is stopped on the main thread while its connections receive, send and negotiate on
+// theirs. Each descriptor is closed by its own thread, when it is through: a client gets whole
+// replies, and then the end of the stream. ThreadSanitizer watches.
+TEST_P(NbdServerTest, ClosingAConnectionFromTheWrongThread) {
+  start();
+  std::atomic<int> busy{0};
+  std::atomic<int> replies{0};
+  std::vector<std::thread> clients;
+  for (int c = 0; c < 4; ++c) {
+    clients.emplace_back([&, busy_one = connect(), idle_one = connect()]() mutable {
+      EXPECT_EQ(idle_one.receive(nbd::kGreetingSize).size(), nbd::kGreetingSize);
+      busy_one.negotiate();
+      ++busy;
+      for (std::uint64_t i = 0;; ++i) {
+        const auto wanted = Client::request(Command::kRead, i, 4096);
+        if (::send(busy_one.fd(), wanted.data(), wanted.size(), MSG_NOSIGNAL) < 0) break;
+        if (busy_one.reply(i, 4096) != 0) break;
+        ++replies;
+      }
+      EXPECT_TRUE(busy_one.receive(1).empty());
+      EXPECT_TRUE(idle_one.receive(1).empty());
+    });
+  }
+  while (busy < 4 || replies < 100) std::this_thread::yield();
+  stop();
+  EXPECT_EQ(server_->connections(), 0u);
+  for (auto& client : clients) client.join();
+  EXPECT_TRUE(log().empty()) << log()[0];
+}
+
 TEST_P(NbdServerTest, AClientThatDawdlesInTheHandshakeIsDropped) {
   start({.handshake_timeout_ns = 30'000'000});
   Client client = connect();

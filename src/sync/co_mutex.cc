@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "roost/sync/co_mutex.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 #include "roost/aio/aio_context.h"

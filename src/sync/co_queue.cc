@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "roost/sync/co_queue.h"
 
+#include <fmt/format.h>
+
 namespace roost {
 
 CoQueue::~CoQueue() {

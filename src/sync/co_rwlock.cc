@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "roost/sync/co_rwlock.h"
 
+#include <fmt/format.h>
+
 #include "roost/base/check.h"
 
 namespace roost {

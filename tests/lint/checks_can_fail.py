@@ -15,6 +15,7 @@ HEADER = "#pragma once\n"
 GOOD = {
     "include/roost/base/a.h": HEADER + "inline int a() { return 1; }\n",
     "include/roost/aio/b.h": HEADER + '#include "roost/base/a.h"\ninline int b() { return a(); }\n',
+    "include/roost/roost.h": HEADER + '#include "roost/aio/b.h"\n',
     "src/aio/b.cc": '#include "roost/aio/b.h"\n#include "b_private.h"\n#include "aio/b_private.h"\n',
     "src/aio/b_private.h": HEADER,
     "src/aio/test_loop.h": HEADER,
@@ -31,9 +32,27 @@ Task<void> fine(Lock& lock, int x, Map& map) {
   co_await run(x), later([x] { return x; });
   // co_await run([x] { return x; });
   co_await run([&x] { return x; });  // trivial captures
+  int a = x ? co_await run(x) : co_await later(x);
+  int b = co_await run(x) ? f(x) : g(x);
+  co_await sleep(x ? 1 : 20);
+  co_await wait(x ? map->first : lock, x);
+  co_await run([] { return 1 ? f(2) : g(3); });
+  co_await run(x ? f(x) : g(x));  // trivial branches
 }
 """,
 }
+
+GOOD |= {
+    "README.md": "[the guide](docs/GUIDE.md#part), [elsewhere](https://example.org/)\n",
+    "docs/GUIDE.md": "[a.cc](../examples/guide/a.cc):\n\n```cpp\nint a() {\n...\n}\n```\n",
+    "docs/hazards.md": "```sh\nmake\n```\n",
+    "examples/guide/a.cc": "int a() {\n  // one\n  return 1;\n}\n",
+}
+
+
+def guide(block, link="a.cc"):
+    return {"docs/GUIDE.md": f"[{link}](../examples/guide/{link}):\n\n```cpp\n{block}\n```\n"}
+
 
 CO_AWAIT = "Task<void> f(std::string s) {{\n  {}\n}}\n"
 
@@ -50,12 +69,23 @@ BAD = [
     ("check-layers", {"src/aio/b.cc": '#include "test_loop.h"\n'}, "a header for tests"),
     ("check-layers", {"src/base/a_test.cc": '#include "aio/test_loop.h"\n'},
      "aio stands right of base"),
+    ("check-layers", {"src/aio/c.cc": '#include "roost/roost.h"\n'}, "for those outside"),
+    ("check-layers", {"include/roost/roost.h": HEADER + '#include "roost/nbd/c.h"\n',
+                      "include/roost/nbd/c.h": HEADER}, "nbd stands right of sync"),
     ("check-layers", {"src/misc/c.cc": ""}, "misc is not a layer"),
     ("check-layers", {"src/aio/c.cc": '#include "roost/aio/gone.h"\n'}, "does not exist"),
     ("check-headers", {"include/roost/base/c.h": HEADER + "inline std::string c() { return {}; }\n"},
      "include/roost/base/c.h does not compile alone"),
     ("check-headers", {"include/roost/base/c.h": "inline int c() { return 1; }\n"},
      "include/roost/base/c.h does not compile alone"),
+    ("check-guide", guide("int a() {\n  // two"), "docs/GUIDE.md:3: not in examples/guide/a.cc"),
+    ("check-guide", guide("int a() {\n  return 1;"), "docs/GUIDE.md:3: not in"),
+    ("check-guide", guide("  return 1;\n...\nint a() {"), "docs/GUIDE.md:3: not in"),
+    ("check-guide", guide("...\nint a() {"), "an empty piece"),
+    ("check-guide", {"docs/GUIDE.md": "```cpp\nint a() {\n```\n"}, "quotes nothing"),
+    ("check-guide", guide("int a() {", "b.cc"), "../examples/guide/b.cc, which is not there"),
+    ("check-guide", {"examples/guide/b.cc": "int b;\n"}, "b.cc: is quoted nowhere"),
+    ("check-guide", {"README.md": "[gone](docs/gone.md)\n"}, "README.md:1: links to docs/gone.md"),
     ("check-format", {"src/base/a.cc": "int   a( ) ;\n"}, "a.cc:1"),
 ] + [
     ("check-co-await", {"src/base/a.cc": CO_AWAIT.format(line)}, "src/base/a.cc:2")
@@ -66,6 +96,12 @@ BAD = [
         "co_return co_await [s]() -> Task<void> { co_return; }();",
         "co_await run(suspend, [s] { return s; });",
         "co_await when(true ? [s] { return 1; } : nullptr);",
+        "co_await (s.empty() ? f(s) : g(s));",
+        "const int n = co_await (s.empty() ? f(s) : g(s));",
+        "co_await run(s.empty() ? std::string() : s);",
+        "co_await run(s.empty() ? s : \"none\");",
+        "co_await run(1, s.empty() ? 1 : s[0] ? f(2) : 3);",
+        "co_return co_await (s.empty() ? std::move(s).f : g{s});",
     )
 ]
 

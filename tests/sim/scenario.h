@@ -35,5 +35,6 @@ struct Scenario {
 std::span<const Scenario> runtime_scenarios();
 std::span<const Scenario> device_scenarios();
 std::span<const Scenario> sync_scenarios();
+std::span<const Scenario> wait_scenarios();
 
 }  // namespace roost::sim

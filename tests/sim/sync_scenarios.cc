@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT
 // Locks, queues and task groups between contexts that take turns.
 //
-// Stops are not requested here: the standard library tells by the thread's id whether a stop
-// callback may still be running, and all simulated threads have the same one.
+// Nothing stops a group here: its stops come from within the library, which cannot keep others from
+// running meanwhile (see Simulation::Undisturbed).
 
 #include <array>
 #include <deque>
 #include <memory>
 #include <mutex>
 
+#include "contexts.h"
 #include "roost/sync/co_event.h"
 #include "roost/sync/co_mutex.h"
 #include "roost/sync/co_queue.h"
@@ -20,23 +21,6 @@
 namespace roost::sim {
 
 namespace {
-
-class Contexts {
- public:
-  Contexts(Simulation& simulation, SimulatedMachine& machine) : random_(simulation.random()) {
-    for (auto& context : all_) context = machine.add_context("sync");
-  }
-  AioContext& any() { return *all_[random_.below(all_.size())]; }
-  AioContext& at(std::size_t i) { return *all_[i % all_.size()]; }
-
- private:
-  Random& random_;
-  std::array<std::shared_ptr<AioContext>, 3> all_;
-};
-
-// Checks that whoever was woken is where it waited.
-#define CHECK_AT_HOME(home) \
-  ROOST_CHECK(AioContext::current() == (home), "a coroutine woke on another context")
 
 void mutex(Simulation& simulation, SimulatedMachine& machine, Counters& counters) {
   Contexts contexts(simulation, machine);

@@ -50,6 +50,7 @@ namespace detail {
 class RemoteCall;
 }
 
+/// What a context waits with.
 enum class EventLoop : std::uint8_t {
   kAuto,     // io_uring where the kernel allows it, else epoll
   kIoUring,  // io_uring, or an error
@@ -57,6 +58,7 @@ enum class EventLoop : std::uint8_t {
 };
 
 struct AioContextOptions {
+  /// For messages, and the name of an IOThread's thread.
   std::string name = "context";
   EventLoop event_loop = EventLoop::kAuto;
   /// The longest busy wait before sleeping; 0: never.
@@ -84,6 +86,7 @@ struct AioContextIndex {
   std::uint32_t value;
 };
 
+/// An event loop. The file's head says which thread may do what.
 class AioContext final : private AioContextIndex, public CoContext {
  public:
   /// Throws std::system_error: descriptors exhausted, or io_uring demanded and refused.
@@ -99,12 +102,14 @@ class AioContext final : private AioContextIndex, public CoContext {
   /// May be called from a callback. A blocking poll aborts inside a coroutine.
   bool poll(bool blocking);
 
-  /// Blocking polls until `stop`, which a callback or coroutine sets. The context must be current.
+  /// Blocking polls until `stop`, which a callback or coroutine sets. The context must be current;
+  /// as of poll(true), aborts inside a coroutine.
   void poll_until(const bool& stop);
 
-  /// Makes a blocking poll return, or the next one not block.
+  /// Makes a blocking poll return, or the next one not block. Any thread.
   void notify() noexcept;
 
+  /// See CoContext::post().
   bool post(QueueEntry& entry) noexcept override;
 
   /// Calls `function()` on the home thread and returns its result or throws what it threw; at once
@@ -140,11 +145,13 @@ class AioContext final : private AioContextIndex, public CoContext {
   static void for_each(const std::function<void(AioContext&)>& visit);
 
   /// Sets, replaces or (all members empty) removes the handler of `fd`. After a removal nothing of
-  /// the handler is called any more, and `fd` may be closed.
+  /// the handler is called any more, and `fd` may be closed. Home thread; callbacks run there,
+  /// outside of any coroutine, and must not throw.
   void set_fd_handler(int fd, FdHandler handler);
   void remove_fd_handler(int fd) { set_fd_handler(fd, FdHandler{}); }
 
-  /// Calls `callback` when `notifier` was set, and clears it before.
+  /// Calls `callback` when `notifier` was set, and clears it before. Home thread; the notifier
+  /// stays until it is removed.
   void set_event_notifier(EventNotifier& notifier, std::function<void()> callback);
   void remove_event_notifier(EventNotifier& notifier) { remove_fd_handler(notifier.fd()); }
 
@@ -152,7 +159,9 @@ class AioContext final : private AioContextIndex, public CoContext {
   /// it does so itself before it sleeps, and no more threads are awake than there are CPUs.
   bool may_wait_busily() const noexcept;
 
+  /// Any thread.
   const Clock& clock() const noexcept { return *options_.clock; }
+  /// For Timer. Home thread.
   TimerQueue& timers() noexcept { return timers_; }
 
   /// "io_uring", "epoll" or "simulated". Any thread; before the first poll, what it is going to
@@ -195,6 +204,7 @@ class AioContext final : private AioContextIndex, public CoContext {
     /// The lock was taken when the home wanted it back, after a sleep or at the start of a poll.
     std::uint64_t lock_waits = 0;
   };
+  /// Home thread.
   const Statistics& statistics() const noexcept { return statistics_; }
 
  private:

@@ -41,6 +41,7 @@ struct FdWatch {
   void dispatch(std::uint32_t events);
 };
 
+/// What a context waits with. Every function on the home thread.
 class BackEnd {
  public:
   virtual ~BackEnd() = default;
@@ -48,6 +49,7 @@ class BackEnd {
   BackEnd(const BackEnd&) = delete;
   BackEnd& operator=(const BackEnd&) = delete;
 
+  /// "io_uring", "epoll" or "simulated".
   virtual const char* name() const noexcept = 0;
 
   /// Hands over what was started, waits up to `timeout_ns` (0: not at all, negative: without

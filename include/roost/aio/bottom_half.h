@@ -56,6 +56,7 @@ class BottomHalfFlags {
   typename P::template Atomic<std::uint64_t> flags_{0};
 };
 
+/// A callback of a context; the file's head says who may do what with it.
 class BottomHalf {
  public:
   /// Any thread. `callback` must not throw.

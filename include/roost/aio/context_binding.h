@@ -29,6 +29,7 @@ namespace roost {
 class AioContext;
 class ContextListener;
 
+/// Which context an object lives on. A member of the object.
 class ContextBinding {
  public:
   explicit ContextBinding(AioContext& context) noexcept : context_(&context) {}

@@ -8,16 +8,19 @@
 
 namespace roost {
 
+/// Something that can be set anywhere, and waited for with poll(2).
 class EventNotifier {
  public:
   /// Throws std::system_error.
   EventNotifier();
 
+  /// Any number of times before it is seen once.
   void set() noexcept;
 
   /// True if it was set since the last call.
   bool test_and_clear() noexcept;
 
+  /// Readable while it is set. Stays the notifier's.
   int fd() const noexcept { return fd_.get(); }
 
  private:

@@ -38,6 +38,7 @@
 
 namespace roost {
 
+/// What the functions below return: co_await gives their std::int64_t.
 class [[nodiscard]] IoAwaiter {
  public:
   IoAwaiter(IoRequest::Op op, int fd) noexcept : request_(op, fd) {}
@@ -71,6 +72,7 @@ class [[nodiscard]] IoAwaiter {
   SuspendAwaiter<Start> start_ = suspend_waiting("I/O", Start{nullptr});
 };
 
+/// What the overloads with a stop token return.
 class [[nodiscard]] CancellableIoAwaiter {
  public:
   CancellableIoAwaiter(const IoRequest& what, std::stop_token stop) noexcept;
@@ -116,7 +118,7 @@ class [[nodiscard]] CancellableIoAwaiter {
   SuspendAwaiter<Start> start_ = suspend_waiting("I/O", Start{this});
 };
 
-/// Reads at `offset` of a file.
+/// Reads at `offset`, in bytes, of a file; 0 at its end.
 inline IoAwaiter io_read(int fd, std::span<std::byte> buffer, std::uint64_t offset) noexcept {
   IoAwaiter io(IoRequest::Op::kRead, fd);
   io.request().address = buffer.data();
@@ -144,13 +146,13 @@ inline CancellableIoAwaiter io_writev(int fd, std::span<const iovec> buffers, st
   return {io_writev(fd, buffers, offset, rw_flags).request(), std::move(stop)};
 }
 
-/// fdatasync(2).
+/// fdatasync(2): 0, or a negative errno.
 inline IoAwaiter io_data_sync(int fd) noexcept { return IoAwaiter(IoRequest::Op::kDataSync, fd); }
 inline CancellableIoAwaiter io_data_sync(int fd, std::stop_token stop) noexcept {
   return {io_data_sync(fd).request(), std::move(stop)};
 }
 
-/// fallocate(2) with `mode`.
+/// fallocate(2) with `mode`, of `size` bytes from `offset`: 0, or a negative errno.
 inline IoAwaiter io_allocate(int fd, int mode, std::uint64_t offset, std::uint64_t size) noexcept {
   IoAwaiter io(IoRequest::Op::kAllocate, fd);
   io.request().flags = mode;

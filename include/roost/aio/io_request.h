@@ -13,6 +13,7 @@ namespace roost {
 
 class AioContext;
 
+/// What io.h's functions fill in. A back end executes it, and calls `complete`.
 struct IoRequest {
   enum class Op : std::uint8_t {
     kRead,      // address, length, offset
@@ -25,8 +26,10 @@ struct IoRequest {
     kConnect,   // address: sockaddr, length
     kPoll,      // flags: POLLIN | POLLOUT; the result is what poll(2) calls revents
   };
+  /// Whether it is an operation on a file: those have an offset, and may block.
   bool on_file() const noexcept { return op <= Op::kAllocate; }
 
+  // The operation's arguments, as Op says which it has. Sizes and offsets are in bytes.
   Op op;
   int fd;
   void* address = nullptr;

@@ -7,27 +7,31 @@
 #pragma once
 
 #include <atomic>
-#include <future>
+#include <exception>
 #include <memory>
+#include <semaphore>
 #include <thread>
 
 #include "roost/aio/aio_context.h"
 
 namespace roost {
 
+/// A context and the thread that polls it.
 class IOThread {
  public:
   /// Makes the context, starts the thread, and waits until that has its back end. Throws
-  /// std::system_error.
+  /// std::system_error. The thread is called as the context is (the first 15 characters).
   explicit IOThread(AioContextOptions options = {});
   ~IOThread();
   IOThread(const IOThread&) = delete;
   IOThread& operator=(const IOThread&) = delete;
 
+  /// Any thread.
   AioContext& context() noexcept { return *context_; }
+  /// Any thread. Who keeps it beyond the thread's end keeps a context that nobody polls.
   std::shared_ptr<AioContext> share_context() noexcept { return context_; }
 
-  /// Asks the thread to leave its loop; what was posted before still runs.
+  /// Asks the thread to leave its loop; what was posted before still runs. Any number of times.
   void stop() noexcept;
 
   /// Waits for the thread's end. Blocks: aborts inside a coroutine.
@@ -45,7 +49,10 @@ class IOThread {
   std::shared_ptr<AioContext> context_;
   std::atomic<bool> stop_requested_{false};
   StopEntry stop_entry_;
-  std::promise<void> started_;
+  // Released once by the thread, when it has a back end, or has failed to get one. (Not a future:
+  // compiling that costs whoever includes this more than all of the rest.)
+  std::binary_semaphore started_{0};
+  std::exception_ptr start_failure_;  // the thread, until it releases started_
   std::thread thread_;
 };
 

@@ -116,6 +116,7 @@ class OffloadJob : public ThreadPool::Work {
 
 }  // namespace detail
 
+/// What ThreadPool::run(function) returns; F is an lvalue reference where the callable was named.
 template <class F>
 class [[nodiscard]] OffloadAwaiter {
   using Job = detail::OffloadJob<F>;
@@ -147,6 +148,7 @@ class [[nodiscard]] OffloadAwaiter {
   SuspendAwaiter<Submit> submit_ = suspend_waiting("a worker thread", Submit{&job_});
 };
 
+/// What ThreadPool::run(function, stop) returns.
 template <class F>
 class [[nodiscard]] CancellableOffloadAwaiter {
   using Job = detail::OffloadJob<F>;

@@ -9,6 +9,7 @@
 
 namespace roost {
 
+/// A count of the threads that are awake, and of the CPUs.
 class PollBudget {
  public:
   /// `cpus`: how many CPUs the process may use.

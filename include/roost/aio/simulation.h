@@ -41,6 +41,7 @@ class SimulatedDevice;
 struct SimulatedThread;
 
 struct SimulationOptions {
+  /// What the order of everything is drawn from.
   std::uint64_t seed = 1;
   /// One in so many of the calls that may be interrupted is; 0: none.
   unsigned interrupt_one_in = 8;
@@ -50,6 +51,7 @@ struct SimulationOptions {
   std::function<void(std::string_view)> trace = nullptr;
 };
 
+/// How a channel behaves. Delays are drawn from their range for each piece of data.
 struct SimulatedChannelOptions {
   std::int64_t min_delay_ns = 500;
   std::int64_t max_delay_ns = 50'000;
@@ -57,6 +59,7 @@ struct SimulatedChannelOptions {
   unsigned short_one_in = 4;        // transfers that move less than they could; 0: none
 };
 
+/// How a disk behaves. Delays are drawn from their range for each operation.
 struct SimulatedDiskOptions {
   std::int64_t min_delay_ns = 5'000;
   std::int64_t max_delay_ns = 200'000;
@@ -64,6 +67,7 @@ struct SimulatedDiskOptions {
   unsigned error_one_in = 0;  // operations that fail with EIO; 0: none
 };
 
+/// One run. docs/simulation.md teaches it; the file's head says what is simulated.
 class Simulation {
  public:
   explicit Simulation(SimulationOptions options = {});
@@ -71,6 +75,8 @@ class Simulation {
   Simulation(const Simulation&) = delete;
   Simulation& operator=(const Simulation&) = delete;
 
+  /// The seed it was made with, the virtual time since it was made, the same as a clock, and random
+  /// numbers that belong to the run.
   std::uint64_t seed() const noexcept { return options_.seed; }
   std::int64_t now_ns() const noexcept { return now_ns_; }
   const Clock& clock() const noexcept { return clock_; }
@@ -118,6 +124,22 @@ class Simulation {
 
   /// Others get their turn now, if the seed says so. For code under test that is to be interrupted.
   void interrupt();
+
+  /// While it lives, nobody else gets a turn, and waiting aborts. For code that tells threads apart
+  /// by what all simulated ones share: std::stop_source::request_stop() takes a thread with the id
+  /// of the one in its callbacks for that one.
+  class Undisturbed {
+   public:
+    explicit Undisturbed(Simulation& simulation) noexcept : simulation_(simulation) {
+      ++simulation_.undisturbed_;
+    }
+    ~Undisturbed() { --simulation_.undisturbed_; }
+    Undisturbed(const Undisturbed&) = delete;
+    Undisturbed& operator=(const Undisturbed&) = delete;
+
+   private:
+    Simulation& simulation_;
+  };
 
   // ---- Events
 
@@ -210,6 +232,7 @@ class Simulation {
   std::uint64_t activity_ = 0;          // counts what may end another thread's loop
   unsigned stay_one_in_ = 0;            // drawn from the seed: how often the last one goes on
   unsigned stall_one_in_ = 0;           // drawn from the seed: how often one loses its CPU for long
+  int undisturbed_ = 0;                 // nested Undisturbed
   unsigned looks_allowed_ = 3;          // of a loop that waits, with nothing happening
   SimulatedThread* current_ = nullptr;  // whose turn it is
   SimulatedThread* last_ = nullptr;     // who had the last turn

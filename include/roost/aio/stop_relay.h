@@ -60,6 +60,7 @@ class StopRelayWord {
   typename P::template Atomic<std::uint64_t> word_{kArmed};
 };
 
+/// One operation's way from a stop token to its home.
 class StopRelay : private CallbackEntry {
  public:
   using Function = void (*)(StopRelay&) noexcept;
@@ -80,6 +81,7 @@ class StopRelay : private CallbackEntry {
   /// come.
   [[nodiscard]] bool ended() noexcept;
 
+  /// Heeds the token no more.
   void forget() noexcept { callback_.reset(); }
 
  private:

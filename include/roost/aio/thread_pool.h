@@ -20,6 +20,7 @@
 
 namespace roost {
 
+/// Some threads, and a queue of work for them.
 class ThreadPool {
  public:
   struct Options {
@@ -50,6 +51,8 @@ class ThreadPool {
     Work* previous = nullptr;
   };
 
+  /// Aborts where `max_threads` is 0 or less than `min_threads`. A thread that the system refuses
+  /// is tried again when there is work.
   ThreadPool() : ThreadPool(Options{}) {}
   explicit ThreadPool(unsigned max_threads) : ThreadPool(Options{.max_threads = max_threads}) {}
   explicit ThreadPool(Options options);
@@ -79,6 +82,7 @@ class ThreadPool {
   template <class F>
   [[nodiscard]] auto run(F&& function, std::stop_token stop);
 
+  /// A snapshot.
   Statistics statistics() const;
 
  private:

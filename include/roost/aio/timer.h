@@ -20,6 +20,8 @@ namespace roost {
 
 class AioContext;
 
+/// A callback at a moment of a context's clock. Home thread; arming and cancelling elsewhere
+/// aborts.
 class Timer {
  public:
   /// `callback` runs on the home thread, outside of any coroutine, and must not throw.
@@ -31,8 +33,11 @@ class Timer {
   /// Calls the callback once, at or after `deadline_ns` of the context's clock. Arming again
   /// replaces the deadline.
   void arm_at(std::int64_t deadline_ns);
+  /// As arm_at(), so long after now; at once, in the next iteration, if that is not positive.
   void arm_after(std::int64_t delay_ns);
+  /// The callback is not called any more, unless it is armed again.
   void cancel() noexcept;
+  /// Whether a call is due: not any more while the callback runs.
   bool armed() const noexcept { return position_ != kNotArmed; }
 
  private:
@@ -46,9 +51,10 @@ class Timer {
   std::size_t position_ = kNotArmed;  // in the queue's heap
 };
 
-/// The armed timers of a context: a binary heap whose timers know their positions.
+/// For contexts: the armed timers of one. A binary heap whose timers know their positions.
 class TimerQueue {
  public:
+  /// For Timer, as its members say.
   void arm(Timer& timer, std::int64_t deadline_ns);
   void cancel(Timer& timer) noexcept;
 

@@ -10,6 +10,7 @@
 
 namespace roost {
 
+/// A descriptor, or none (-1). Move-only.
 class UniqueFd {
  public:
   UniqueFd() noexcept = default;
@@ -21,9 +22,12 @@ class UniqueFd {
   }
   ~UniqueFd() { reset(); }
 
+  /// -1: none.
   int get() const noexcept { return fd_; }
   explicit operator bool() const noexcept { return fd_ >= 0; }
+  /// Gives the descriptor away.
   int release() noexcept { return std::exchange(fd_, -1); }
+  /// Closes it now.
   void reset() noexcept {
     if (fd_ >= 0) ::close(std::exchange(fd_, -1));
   }

@@ -12,6 +12,7 @@
 
 namespace roost {
 
+/// Reads sizeof(T) bytes at `from`, the most significant first.
 template <std::unsigned_integral T>
 T load_be(const std::byte* from) noexcept {
   T value;
@@ -20,6 +21,7 @@ T load_be(const std::byte* from) noexcept {
   return value;
 }
 
+/// Writes sizeof(T) bytes at `to`, the most significant first.
 template <std::unsigned_integral T>
 void store_be(std::byte* to, T value) noexcept {
   if constexpr (std::endian::native == std::endian::little) value = std::byteswap(value);

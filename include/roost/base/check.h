@@ -6,9 +6,10 @@
 // values (roost/base/result.h).
 #pragma once
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <source_location>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -20,6 +21,7 @@ namespace roost {
 /// "file.cc:12 (function)", for messages that name a place.
 std::string describe(const std::source_location& place);
 
+/// panic() of a formatted message; `format` is checked at compile time.
 template <class... Args>
 [[noreturn, gnu::cold, gnu::noinline]] void panicf(fmt::format_string<Args...> format,
                                                    Args&&... args) {

@@ -8,6 +8,7 @@
 
 namespace roost {
 
+/// Lifetime: outlives the contexts that were given it.
 class Clock {
  public:
   /// Nanoseconds since some fixed moment; never goes back.

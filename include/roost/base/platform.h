@@ -9,8 +9,7 @@
 //   Shared<T>   a plain variable that threads hand to each other under the protection of an
 //               atomic (a link of a list, say): a checker reports unordered accesses to it;
 //   Mutex       a thread lock with lock() and unlock(), for a few instructions at a time; never
-//   held
-//               across a suspension or a wake-up;
+//               held across a suspension or a wake-up;
 //   cpu_relax() one step of a busy wait.
 //
 // Standalone fences are not part of it: ThreadSanitizer does not see them.
@@ -53,6 +52,7 @@ struct RealPlatform {
   }
 };
 
+/// What a policy has to have, in so far as a compiler can tell.
 template <class P>
 concept Platform = requires(typename P::template Atomic<std::uint64_t>& word,
                             typename P::template Shared<void*>& shared, typename P::Mutex& mutex) {

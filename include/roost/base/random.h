@@ -21,12 +21,13 @@ class Random {
     return word ^ (word >> 31);
   }
 
+  /// The next 64 bits.
   std::uint64_t next() noexcept { return mix(state_ += 0x9e3779b97f4a7c15); }
 
   /// From 0 up to, but not including, `end`, which is at least 1 and at most 2^32.
   std::uint64_t below(std::uint64_t end) noexcept { return ((next() >> 32) * end) >> 32; }
 
-  /// From `least` to `most`, both included.
+  /// From `least` to `most`, both included; at most 2^32 - 1 apart.
   std::int64_t between(std::int64_t least, std::int64_t most) noexcept {
     return least + static_cast<std::int64_t>(below(static_cast<std::uint64_t>(most - least) + 1));
   }

@@ -11,12 +11,15 @@
 
 namespace roost {
 
+/// What failed, and how. A value.
 class Error {
  public:
   /// `code` is a positive errno value; `doing` names the object and the attempt.
   Error(int code, std::string doing) : code_(code), doing_(std::move(doing)) {}
 
+  /// The errno value.
   int code() const noexcept { return code_; }
+  /// What was attempted with which object.
   const std::string& doing() const noexcept { return doing_; }
 
   /// "<doing>: <strerror(code)>".
@@ -27,9 +30,11 @@ class Error {
   std::string doing_;
 };
 
+/// A value, or the error that kept it from being had.
 template <class T>
 using Result = std::expected<T, Error>;
 
+/// Whether a type is a Result.
 template <class T>
 inline constexpr bool kIsResult = false;
 template <class T>

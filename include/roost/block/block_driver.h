@@ -26,6 +26,7 @@ struct ZeroFlags {
   bool fua = false;       // durable before it returns
 };
 
+/// A disk. The file's head says who may call it, and how it fails.
 class BlockDriver {
  public:
   virtual ~BlockDriver() = default;
@@ -36,6 +37,7 @@ class BlockDriver {
   const std::string& name() const noexcept { return name_; }
   /// In bytes; constant.
   std::uint64_t size() const noexcept { return size_; }
+  /// Constant.
   bool read_only() const noexcept { return read_only_; }
 
   // REQUIRES, of all: offset + length <= size().
@@ -67,6 +69,7 @@ class BlockDriver {
   const bool read_only_;
 };
 
+/// How a disk is opened.
 struct OpenOptions {
   bool read_only = false;
   /// For files: make it, sparse, of this many bytes, if there is none. 0: do not.

@@ -18,18 +18,20 @@ struct Driver;
 struct SimulatedThread;
 class TraceTrack;
 
+/// The part of an event loop that coroutines need; AioContext is the one there is.
 class CoContext {
  public:
   CoContext(const CoContext&) = delete;
   CoContext& operator=(const CoContext&) = delete;
 
   /// Queues `entry` for one of the next iterations; entries of one thread keep their order.
-  /// False: the context is closed, and the entry still belongs to the caller.
+  /// False: the context is closed, and the entry still belongs to the caller. Any thread.
   [[nodiscard]] virtual bool post(QueueEntry& entry) noexcept = 0;
 
   /// As post(), on the thread that has this context current.
   void post_here(QueueEntry& entry) noexcept { added_.push(entry); }
 
+  /// A number that no other living context has. Any thread.
   std::uint32_t index() const noexcept { return index_; }
 
   /// The loop's time when it last looked, in ticks of kTickNs; wraps around. Current thread's
@@ -37,6 +39,7 @@ class CoContext {
   std::uint32_t tick() const noexcept { return tick_; }
   static constexpr std::int64_t kTickNs = std::int64_t{1} << 20;
 
+  /// What it was called when it was made. Any thread.
   const std::string& name() const noexcept { return name_; }
 
   /// Who is told what its coroutines do; null: nobody. Constant.

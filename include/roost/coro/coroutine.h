@@ -35,17 +35,19 @@ namespace roost {
 template <class T>
 class Task;
 
+/// The control block: the file's head says which thread may do what with it.
 class Coroutine final {
  public:
   using Place = std::source_location;
 
   /// A coroutine that will run `task` once it is entered or scheduled. Its home, until it runs, is
-  /// the current context, if any. `name` must outlive it (a literal).
+  /// the current context, if any. `name` must outlive it (a literal). Any thread. Throws
+  /// std::bad_alloc.
   static Coroutine* create(Task<void> task, const char* name = "coroutine",
                            Place place = Place::current());
 
   /// Ends a coroutine that is idle (created or yielded) without running it on: its frames and what
-  /// lives in them are destroyed.
+  /// lives in them are destroyed. Aborts in any other state.
   static void destroy(Coroutine* co, Place place = Place::current());
 
   Coroutine(const Coroutine&) = delete;
@@ -66,6 +68,7 @@ class Coroutine final {
   /// Stable only while the caller holds the coroutine suspended, or is the coroutine.
   CoContext* home() const noexcept { return home_.load(std::memory_order_acquire); }
 
+  /// The literal it was created with. While the control block is sure to be there.
   const char* name() const noexcept { return name_.load(std::memory_order_relaxed); }
 
   Place created_at() const noexcept { return created_at_.load(std::memory_order_relaxed); }
@@ -183,16 +186,16 @@ inline Coroutine& CoroutineEntry::coroutine() const noexcept {
 
 /// Enters `co` from `context`'s loop. Moves a suspended coroutine to another home.
 /// Aborts, with both places, if it is running, scheduled already or in the wait of a primitive, and
-/// if the context is closed.
+/// if the context is closed. Any thread.
 void co_schedule(CoContext& context, Coroutine& co,
                  Coroutine::Place place = Coroutine::Place::current());
 
 /// Enters `co` at home: through the queue of its home from another context; once the current
 /// coroutine suspends, when called under a driver loop of the same context; at once otherwise.
-/// Aborts like co_schedule.
+/// Aborts like co_schedule. Any thread, without a thread lock held that the coroutine may want.
 void co_wake(Coroutine& co, Coroutine::Place place = Coroutine::Place::current());
 
-/// co_wake for the primitive that suspended `co` with suspend_waiting().
+/// co_wake for the primitive that suspended `co` with suspend_waiting(). Any thread, as co_wake().
 void wake_waiter(Coroutine& co, Coroutine::Place place = Coroutine::Place::current());
 
 /// As wake_waiter(), but never enters `co` on the caller's stack: where wake_waiter() would, it
@@ -220,7 +223,9 @@ class CoroutineRef {
   /// a primitive's wait) instead of aborting.
   [[nodiscard]] bool try_enter(Coroutine::Place place = Coroutine::Place::current());
 
+  /// Whether it has ended; where not, it may a moment later. REQUIRES: not empty.
   bool ended() const noexcept;
+  /// Null: empty.
   Coroutine* get() const noexcept { return co_; }
 
  private:
@@ -300,6 +305,7 @@ class AwaitInPlace {
   Awaiter* awaiter_;
 };
 
+/// What suspend() and suspend_waiting() return.
 template <class F>
 class [[nodiscard]] SuspendAwaiter {
   static_assert(std::is_trivially_copyable_v<F> && std::is_trivially_destructible_v<F>,
@@ -375,12 +381,13 @@ class [[nodiscard]] MoveAwaiter {
 };
 
 /// `co_await move_to(context)`: goes to the end of the queue of `context`: moves there or, where it
-/// is the own one, lets others run.
+/// is the own one, lets others run. Aborts if the context is closed.
 inline MoveAwaiter move_to(CoContext& context,
                            Coroutine::Place place = Coroutine::Place::current()) noexcept {
   return MoveAwaiter(context, place);
 }
 
+/// What yield() publishes.
 struct PublishNothing {
   void operator()(Coroutine&) const noexcept {}
 };

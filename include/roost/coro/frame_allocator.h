@@ -33,6 +33,7 @@ inline constexpr std::size_t kControlBlockBytes = 128;
 /// when the memory is new; a block that was free before is as it was left but for its first word,
 /// which linked free blocks. Throws std::bad_alloc.
 void* allocate_control_block(void (*construct)(void* block) noexcept);
+/// Gives one back. Any thread.
 void free_control_block(void* block) noexcept;
 
 /// Calls `visit` with every control block, in use or free. Meanwhile blocks may be allocated and

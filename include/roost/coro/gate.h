@@ -18,7 +18,6 @@
 #pragma once
 
 #include <cerrno>
-#include <mutex>
 #include <optional>
 #include <stop_token>
 #include <utility>
@@ -30,8 +29,9 @@
 
 namespace roost {
 
+/// The file's head says how it is used, and by whom.
 class Gate {
-  using Core = GateCore<RealPlatform, std::mutex>;
+  using Core = GateCore<RealPlatform, RealPlatform::Mutex>;
 
  public:
   /// `name` is for messages and for those who wait, and outlives the gate (a literal).

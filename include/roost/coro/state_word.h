@@ -15,8 +15,7 @@
 //   bits  5..19  entries        queue entries outstanding, stale ones included, and CoroutineRefs
 //   bits 20..31  context        index of the context it runs on, ran on last, or is scheduled on
 //   bits 32..63  generation     counts schedules, and coroutines that had the block before; an
-//   entry
-//                               is live only with the current one
+//                               entry is live only with the current one
 //
 //   from        to          by                                      operation
 //   idle        running     a direct entry                          claim_direct

@@ -78,6 +78,8 @@ struct TaskPromise<void> : TaskPromiseBase {
 
 }  // namespace detail
 
+/// A piece of a coroutine that gives a T. Move-only. One that is destroyed before it was awaited
+/// never runs, and its arguments are destroyed.
 template <class T = void>
 class [[nodiscard]] Task {
  public:
@@ -97,7 +99,8 @@ class [[nodiscard]] Task {
 
   class Awaiter;
 
-  /// Runs the task to its end within the awaiting coroutine. A task can be awaited once.
+  /// Runs the task to its end within the awaiting coroutine, and gives its result or rethrows its
+  /// exception. A task can be awaited once.
   Awaiter operator co_await() && noexcept;
 
   /// Gives the frame away. For Coroutine.
@@ -147,7 +150,9 @@ inline Task<void> TaskPromise<void>::get_return_object() noexcept {
 
 }  // namespace detail
 
-/// Creates a coroutine that runs `task`, and schedules it on `context`. Any thread.
+/// Creates a coroutine that runs `task`, and schedules it on `context`, where it begins in one of
+/// the next iterations. Any thread. Throws std::bad_alloc; aborts if the context is closed. The
+/// pointer is valid until the coroutine has ended, which may be before this returns.
 inline Coroutine* spawn(CoContext& context, Task<void> task, const char* name = "coroutine",
                         Coroutine::Place place = Coroutine::Place::current()) {
   Coroutine* co = Coroutine::create(std::move(task), name, place);

@@ -12,12 +12,14 @@
 
 namespace roost {
 
+/// Where a server listens, taken apart.
 struct ListenAddress {
   bool unix_socket = true;
   std::string path{};  // of a unix socket
   std::string host{};  // of TCP, without brackets
   std::string port{};  // of TCP, a number; "0" picks a free one
 
+  /// EINVAL, with what is wrong with `text` in words. Resolves no names.
   static Result<ListenAddress> parse(const std::string& text);
 
   /// As parse() takes it.

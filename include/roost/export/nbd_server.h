@@ -38,8 +38,10 @@ struct NbdLimits {
   std::int64_t handshake_timeout_ns = 10'000'000'000;
 };
 
+/// The server. The file's head says which thread it belongs to.
 class NbdServer {
  public:
+  /// A disk, under the name that clients ask for.
   struct Export {
     std::string name;  // empty: the default export
     BlockDriver* disk;
@@ -53,6 +55,7 @@ class NbdServer {
     std::function<void(const std::string&)> log;
   };
 
+  /// Clients of `exports` are served on `options.io_contexts`, once there are any.
   NbdServer(Options options, std::vector<Export> exports);
   ~NbdServer();
   NbdServer(const NbdServer&) = delete;
@@ -71,6 +74,7 @@ class NbdServer {
   /// Closes all connections, answered or not. After stop(), for clients that do not read.
   void disconnect_all();
 
+  /// Clients that are connected now. Any thread.
   std::size_t connections() const;
 
  private:

@@ -36,7 +36,7 @@ class AdmissionQueue {
   AdmissionQueue(const char* name, State state) noexcept : name_(name), state_(std::move(state)) {}
   ~AdmissionQueue() {
     ROOST_CHECK(line_.empty(), "{} ({}) destroyed while coroutine '{}' waits for it", name_,
-                fmt::ptr(this), line_.front()->co->name());
+                static_cast<const void*>(this), line_.front()->co->name());
   }
   AdmissionQueue(const AdmissionQueue&) = delete;
   AdmissionQueue& operator=(const AdmissionQueue&) = delete;

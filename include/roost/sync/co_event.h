@@ -16,6 +16,7 @@
 
 namespace roost {
 
+/// A flag that coroutines wait for.
 class CoEvent {
   struct State {
     bool admit(std::uint64_t) const noexcept { return set; }
@@ -36,6 +37,7 @@ class CoEvent {
     }
   };
 
+  /// `name`, a literal, is what a waiting coroutine is said to wait for.
   explicit CoEvent(bool set = false, const char* name = "an event") noexcept
       : queue_(name, State{set}) {}
 
@@ -54,9 +56,11 @@ class CoEvent {
   void set() noexcept {
     queue_.change([](State& state) { state.set = true; });
   }
+  /// Who waits from now on waits for the next set().
   void reset() noexcept {
     queue_.change([](State& state) { state.set = false; });
   }
+  /// A snapshot.
   bool is_set() const noexcept {
     return queue_.ask([](const State& state) { return state.set; });
   }

@@ -32,6 +32,7 @@
 
 namespace roost {
 
+/// A lock for coroutines; the file's head says how it is used, and what aborts.
 class CoMutex {
  public:
   using Place = Coroutine::Place;
@@ -57,7 +58,7 @@ class CoMutex {
     return {*this, std::move(stop), place};
   }
 
-  /// An empty guard if it is held.
+  /// An empty guard if it is held, or outside of any coroutine.
   [[nodiscard]] Guard try_lock() noexcept;
 
   /// For a lock whose guard was released.
@@ -78,6 +79,7 @@ class CoMutex {
     std::uint64_t handoffs = 0;        // to a waiter that had lost too often
     std::uint64_t cancelled_late = 0;  // waiters cancelled after they were woken to compete
   };
+  /// A snapshot. Any thread.
   Statistics statistics() const noexcept;
 
   const char* name() const noexcept { return name_; }
@@ -152,8 +154,10 @@ class [[nodiscard]] CoMutex::Guard {
   }
 
   explicit operator bool() const noexcept { return mutex_; }
+  /// Null: empty.
   CoMutex* mutex() const noexcept { return mutex_; }
 
+  /// Unlocks before it goes; nothing if it is empty.
   void unlock(Place place = Place::current()) {
     if (CoMutex* mutex = release()) mutex->unlock(place);
   }

@@ -10,18 +10,13 @@
 //
 // The one atomic, word_, holds the token of the holder, 0 if there is none, and three bits:
 //
-//   bit      meaning                                    set by                    cleared by
-//   queued   the list is not empty                      a waiter that enqueues    whoever empties
-//   it awake    a waiter was taken off the list to         the unlock that took it   that waiter:
-//   it takes
-//            compete for the lock, and is under way     off                       the lock,
-//            enqueues
-//                                                                                 again, or gives
-//                                                                                 up
-//   handoff  the oldest waiter has lost too often:      that waiter, enqueueing   the unlock that
-//   does
-//            the unlock makes it the holder             again at the front        so; emptying the
-//            list
+//   bit      meaning                                    set by / cleared by
+//   queued   the list is not empty                      a waiter that enqueues / whoever empties it
+//   awake    a waiter was taken off the list to         the unlock that took it off / that waiter:
+//            compete for the lock, and is under way     it takes the lock, enqueues again, or gives
+//                                                       up
+//   handoff  the oldest waiter has lost too often:      that waiter, at the front of the list / the
+//            the unlock makes it the holder             unlock that does so; emptying the list
 //
 // The holder changes by compare-and-swap, from 0 by anybody, to 0 by the holder. The bits change
 // only under list_lock_. Hence

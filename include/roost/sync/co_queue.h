@@ -28,6 +28,7 @@
 
 namespace roost {
 
+/// A condition variable for coroutines.
 class CoQueue {
  public:
   template <class Lock, bool kCancellable>
@@ -37,6 +38,7 @@ class CoQueue {
   template <class Lock, class... Stop>
   using Wait = detail::Wait<WaitAwaiter<Lock, (sizeof...(Stop) > 0)>, CoQueue&, Lock&, Stop...>;
 
+  /// `name`, a literal, is what a waiting coroutine is said to wait for.
   explicit CoQueue(const char* name = "a queue") noexcept : name_(name) {}
   ~CoQueue();
   CoQueue(const CoQueue&) = delete;
@@ -67,6 +69,7 @@ class CoQueue {
   /// Wakes everybody who waits now, and returns how many.
   std::size_t wake_all() noexcept;
 
+  /// A snapshot: nobody waits. Any thread.
   bool empty() const noexcept;
   const char* name() const noexcept { return name_; }
 

@@ -26,6 +26,7 @@
 
 namespace roost {
 
+/// A lock for readers and writers; the file's head says what aborts.
 class CoRwlock {
   static constexpr std::uint64_t kRead = 0;
   static constexpr std::uint64_t kWrite = 1;
@@ -63,6 +64,7 @@ class CoRwlock {
   template <class... Stop>
   using Upgrade = detail::Wait<UpgradeAwaiter<(sizeof...(Stop) > 0)>, Guard&, CoRwlock&, Stop...>;
 
+  /// `name`, a literal, is what a waiting coroutine is said to wait for.
   explicit CoRwlock(const char* name = "a read-write lock") noexcept : queue_(name, State{}) {}
   ~CoRwlock();
 
@@ -105,6 +107,7 @@ class [[nodiscard]] CoRwlock::Guard {
   explicit operator bool() const noexcept { return lock_; }
   bool writing() const noexcept { return lock_ && writing_; }
 
+  /// Unlocks before it goes; nothing if it is empty.
   void unlock();
 
   /// From reading to writing, before everybody who waits, once the other readers are gone; nobody

@@ -19,6 +19,7 @@
 
 namespace roost {
 
+/// A number of units to be had.
 class CoSemaphore {
   struct State {
     bool admit(std::uint64_t units) noexcept {
@@ -43,6 +44,7 @@ class CoSemaphore {
     }
   };
 
+  /// `name`, a literal, is what a waiting coroutine is said to wait for.
   explicit CoSemaphore(std::uint64_t units, const char* name = "a semaphore") noexcept
       : queue_(name, State{units}) {}
 
@@ -61,11 +63,13 @@ class CoSemaphore {
     return queue_.try_enter(units);
   }
 
+  /// Gives units back, or adds some, and admits those who wait for them.
   /// Not while a thread lock is held: a waiter at home may be entered at once.
   void release(std::uint64_t units = 1) noexcept {
     queue_.change([units](State& state) { state.available += units; });
   }
 
+  /// A snapshot.
   std::uint64_t available() const noexcept {
     return queue_.ask([](const State& state) { return state.available; });
   }

@@ -27,6 +27,7 @@
 
 namespace roost {
 
+/// A stop source with a parent and a deadline.
 class StopScope {
  public:
   enum class Reason : std::uint8_t {
@@ -41,11 +42,14 @@ class StopScope {
   StopScope(const StopScope&) = delete;
   StopScope& operator=(const StopScope&) = delete;
 
+  /// For what is to be stopped with it.
   std::stop_token token() const noexcept { return source_.get_token(); }
 
+  /// Asks. Stop callbacks run on the calling thread.
   void request_stop() noexcept { stop(Reason::kRequested); }
 
-  /// Stops at, or after, `deadline_ns` of the current context's clock. One deadline at a time.
+  /// Stops at, or after, `deadline_ns` of the current context's clock; at once if that has passed.
+  /// Aborts outside of any context, and if there is a deadline already.
   void set_deadline(std::int64_t deadline_ns);
   /// The deadline does not count any more, unless it has passed.
   void clear_deadline() noexcept { timer_.reset(); }

@@ -41,6 +41,7 @@
 
 namespace roost {
 
+/// How a group is made.
 struct TaskGroupOptions {
   /// Also that of the children. Outlives the group (a literal).
   const char* name = "task group";
@@ -50,6 +51,7 @@ struct TaskGroupOptions {
   std::uint32_t max_running = ~std::uint32_t{0};
 };
 
+/// Children, and the coroutine that joins them.
 class TaskGroup : private detail::ChildSet {
  public:
   using Place = Coroutine::Place;

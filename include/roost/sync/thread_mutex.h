@@ -16,6 +16,7 @@
 
 namespace roost {
 
+/// A lock for std::lock_guard and std::unique_lock.
 class ThreadMutex {
  public:
   ThreadMutex() = default;

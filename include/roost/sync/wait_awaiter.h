@@ -41,11 +41,13 @@ class [[nodiscard]] Wait {
 };
 
 /// Derived has
-///   const char* waits_for()           for messages
-///   kThreadLocksReleased               how many ThreadMutexes start() lets go of; 0 if not
-///   declared void prepare(Coroutine&) noexcept  about to suspend: make the waiter void start()
-///   noexcept              suspended: grant the wait, or enqueue void stop() noexcept take the
-///   waiter off the list and wake it, if it is there
+///
+///     const char* waits_for()             for messages
+///     kThreadLocksReleased                how many ThreadMutexes start() lets go of; 0 if absent
+///     void prepare(Coroutine&) noexcept   about to suspend: make the waiter
+///     void start() noexcept               suspended: grant the wait, or enqueue
+///     void stop() noexcept                take the waiter off the list and wake it, if it is there
+///
 /// Nothing is written before it is clear that the coroutine waits.
 template <class Derived, bool kCancellable>
 class WaitAwaiter {

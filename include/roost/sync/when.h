@@ -3,9 +3,8 @@
 // when_any(): runs tasks at the same time and gives the result of the first that ends.
 //
 //   StopScope scope(stop);
-//   Result<std::tuple<Header, Footer>> both =
-//       co_await when_all(scope, read_header(file, scope.token()), read_footer(file,
-//       scope.token()));
+//   Result<std::tuple<Header, Footer>> both = co_await when_all(
+//       scope, read_header(file, scope.token()), read_footer(file, scope.token()));
 //
 // Both return after *all* of the tasks have ended, so what the tasks refer to may live in the
 // caller's frame. Those that are not needed any more are stopped through `scope`, whose token they
