@@ -8,6 +8,7 @@
 #include "roost/aio/aio_context.h"
 #include "roost/base/check.h"
 #include "roost/base/probe.h"
+#include "roost/coro/census.h"
 
 namespace roost {
 
@@ -47,10 +48,13 @@ void count(std::atomic<std::uint32_t>& counter) noexcept {
 // ---- Locking
 
 // True: the lock is taken after all, without suspending.
-bool CoMutex::lock_contended(Coroutine& me, Place place) noexcept {
-  ROOST_CHECK(core_.holder() != token_of(me),
-              "{} ({}) locked by coroutine '{}' at {}, which holds it", name_, fmt::ptr(this),
-              me.name(), describe(place));
+bool CoMutex::lock_contended(Coroutine& me) noexcept {
+  if (core_.holder() == token_of(me)) {
+    Place place;
+    own_await_chain(&place, 1);
+    panicf("{} ({}) locked by coroutine '{}' at {}, which holds it", name_, fmt::ptr(this),
+           me.name(), describe(place));
+  }
   ROOST_PROBE(co_mutex_lock_entry, this, &me);
   if (!spin_until_free(me.home()) || !core_.try_lock(token_of(me))) return false;
   ROOST_PROBE(co_mutex_lock_return, this, &me);

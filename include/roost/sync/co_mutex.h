@@ -47,15 +47,12 @@ class CoMutex {
   CoMutex& operator=(const CoMutex&) = delete;
 
   /// co_await gives a Guard.
-  detail::Wait<LockAwaiter<false>, CoMutex&, Place> lock(Place place = Place::current()) noexcept {
-    return {*this, place};
-  }
+  detail::Wait<LockAwaiter<false>, CoMutex&> lock() noexcept { return {*this}; }
 
   /// co_await gives a Result<Guard>. ECANCELED: the coroutine does not hold the lock and never did;
   /// also if a stop was requested before and the lock is free.
-  detail::Wait<LockAwaiter<true>, CoMutex&, std::stop_token, Place> lock(
-      std::stop_token stop, Place place = Place::current()) noexcept {
-    return {*this, std::move(stop), place};
+  detail::Wait<LockAwaiter<true>, CoMutex&, std::stop_token> lock(std::stop_token stop) noexcept {
+    return {*this, std::move(stop)};
   }
 
   /// An empty guard if it is held, or outside of any coroutine.
@@ -110,7 +107,7 @@ class CoMutex {
     co.lock_taken();
   }
 
-  bool lock_contended(Coroutine& me, Place place) noexcept;
+  bool lock_contended(Coroutine& me) noexcept;
   void unlock_contended(Coroutine* me, Place place);
   void hand_on() noexcept;
   void start(Waiter& waiter) noexcept;
@@ -178,14 +175,14 @@ class CoMutex::LockAwaiter
   using Base = detail::WaitAwaiter<LockAwaiter, kCancellable>;
 
  public:
-  LockAwaiter(CoMutex& mutex, Place place) noexcept : mutex_(mutex), place_(place) {}
-  LockAwaiter(CoMutex& mutex, std::stop_token stop, Place place) noexcept
-      : Base(std::move(stop)), mutex_(mutex), place_(place) {}
+  explicit LockAwaiter(CoMutex& mutex) noexcept : mutex_(mutex) {}
+  LockAwaiter(CoMutex& mutex, std::stop_token stop) noexcept
+      : Base(std::move(stop)), mutex_(mutex) {}
 
   bool await_ready() noexcept {
     if (this->stop_requested()) return true;
     Coroutine& me = *Coroutine::self();
-    return mutex_.core_.try_lock(token_of(me)) || mutex_.lock_contended(me, place_);
+    return mutex_.core_.try_lock(token_of(me)) || mutex_.lock_contended(me);
   }
 
   auto await_resume() {
@@ -212,7 +209,6 @@ class CoMutex::LockAwaiter
   void stop() noexcept { mutex_.cancel(waiter_); }
 
   CoMutex& mutex_;
-  const Place place_;
   union {
     Waiter waiter_;  // once it waits; trivially destructible
   };
