@@ -536,6 +536,14 @@ inline bool AioContext::iterate(ThreadState& thread, bool blocking) {
 
 void AioContext::take_inbox() noexcept {
   const auto taken = inbox_.take();
+  // What another CPU has just written. The first few are fetched at once, with all that their turns
+  // touch; later ones while those before them run.
+  const QueueEntry* entry = taken.oldest;
+  for (int i = 0; i < kFramesAhead && entry; ++i, entry = entry->next.get()) {
+    if (entry->kind == QueueEntry::Kind::kCoroutine) {
+      prefetch_entry(static_cast<const CoroutineEntry&>(*entry));
+    }
+  }
   added_.append(taken.oldest, taken.newest);
   taken_last_ = taken.count;
 }

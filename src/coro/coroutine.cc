@@ -8,6 +8,7 @@
 
 #include "coro/trace_points.h"
 #include "roost/base/check.h"
+#include "roost/base/prefetch.h"
 #include "roost/coro/census.h"
 #include "roost/coro/task.h"
 
@@ -381,11 +382,11 @@ struct EntryCopy {
 void prefetch_entry(const CoroutineEntry& entry) noexcept {
   // The driver's part of the block, behind what the scheduler touched.
   const Coroutine& co = entry.coroutine();
-  __builtin_prefetch(&co.next_);
+  prefetch_for_write(&co.next_);
   // The root frame is most often the one that goes on, and its address never changes.
   const auto* frame = static_cast<const char*>(co.root_.address());
-  __builtin_prefetch(frame);
-  __builtin_prefetch(frame + 64);
+  prefetch_for_write(frame);
+  prefetch_for_write(frame + 64);
 }
 
 bool drop_entry(CoroutineEntry& entry) noexcept {

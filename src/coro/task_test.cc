@@ -231,6 +231,14 @@ Task<void> call(F function) {
   co_return;
 }
 Task<void> take_aggregate(Aggregate) { co_return; }
+// Not a Task, whose frame would be freed twice.
+struct ReadyWitness {
+  explicit ReadyWitness(const Witness& w) : witness(w) {}
+  bool await_ready() const noexcept { return true; }
+  void await_suspend(std::coroutine_handle<>) const noexcept {}
+  void await_resume() const noexcept {}
+  Witness witness;
+};
 
 TEST_F(Tasks, TheCompilerTrapOfTemporariesInAnAwaitExpression) {
   int of_closure = 0;
@@ -242,7 +250,7 @@ TEST_F(Tasks, TheCompilerTrapOfTemporariesInAnAwaitExpression) {
     co_await call([w = Witness(of_closure)] {});  // the trap itself
     co_await take_aggregate(Aggregate{Witness(of_aggregate)});
     const Witness witness(of_branch);
-    co_await (first ? take(witness) : take(witness));  // the trap itself
+    co_await (first ? ReadyWitness(witness) : ReadyWitness(witness));  // the trap itself
   };
   const auto careful = [&]() -> Task<void> {
     const auto closure = [w = Witness(named)] {};

@@ -306,10 +306,10 @@ void stopped_receives(Simulation& simulation, SimulatedMachine& machine, Counter
   Contexts contexts(simulation, machine);
   Helpers helpers(simulation, machine);
   Random& random = simulation.random();
-  const auto [near, far] = simulation.make_channel({.short_one_in = 3});
+  const auto channel = simulation.make_channel({.short_one_in = 3});
   constexpr unsigned kBytes = 200;
   int ended = 0;
-  const auto sender = [&, far = far]() -> Task<void> {
+  const auto sender = [&, far = channel.second]() -> Task<void> {
     unsigned sent = 0;
     std::array<std::byte, 16> bytes;
     while (sent < kBytes) {
@@ -326,7 +326,7 @@ void stopped_receives(Simulation& simulation, SimulatedMachine& machine, Counter
     }
     ++ended;
   };
-  const auto receiver = [&, near = near]() -> Task<void> {
+  const auto receiver = [&, near = channel.first]() -> Task<void> {
     AioContext* const home = AioContext::current();
     unsigned received = 0;
     std::array<std::byte, 16> bytes;
@@ -355,8 +355,8 @@ void stopped_receives(Simulation& simulation, SimulatedMachine& machine, Counter
   simulation.spawn(contexts.any(), receiver(), "receiver");
   machine.wait_until([&] { return ended == 2; });
   helpers.finish(machine);
-  simulation.close(near);
-  simulation.close(far);
+  simulation.close(channel.first);
+  simulation.close(channel.second);
 }
 
 // Foreign threads hold a context while bottom halves, timers and coroutines want to run there.

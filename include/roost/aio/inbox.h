@@ -32,6 +32,7 @@
 #include <cstdint>
 
 #include "roost/base/platform.h"
+#include "roost/base/prefetch.h"
 #include "roost/coro/queue_entry.h"
 
 namespace roost {
@@ -130,6 +131,7 @@ class Inbox {
     List list{.oldest = nullptr, .newest = newest, .count = 0};
     FetchAhead walked;
     while (newest) {
+      prefetch_for_write(newest);
       Node* older = newest->next.get();
       if constexpr (requires { newest->ahead; }) {
         __builtin_prefetch(newest->ahead.get());
