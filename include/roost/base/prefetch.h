@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // prefetch_for_write: fetches a cache line that is about to be written, and takes it from other
-// CPUs at once. Reading first costs two transfers between CPUs: one for the line, and one to own it.
+// CPUs at once. Reading first costs two transfers between CPUs: one for the line, and one to own
+// it.
 //
 // Threads: any; it never faults, whatever the address.
 #pragma once
