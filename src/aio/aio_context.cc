@@ -321,11 +321,18 @@ void AioContext::for_each(const std::function<void(AioContext&)>& visit) {
 // Says which coroutines will never be woken at home any more. Not an error of its own: their
 // holders may still destroy them, or schedule them elsewhere.
 void AioContext::report_inhabitants() const {
+  constexpr std::size_t kAtMost = 10;
+  std::size_t count = 0;
   for (const CoroutineInfo& info : list_coroutines()) {
     if (info.context != index() || info.awaits_at.line() == 0) continue;
+    if (++count > kAtMost) continue;
     fmt::print(stderr, "roost: context '{}' goes while coroutine '{}', created at {}, is {}{}{}\n",
                name(), info.name, describe(info.created_at), to_string(info.state),
                info.waits_for ? " for " : "", info.waits_for ? info.waits_for : "");
+  }
+  if (count > kAtMost) {
+    fmt::print(stderr, "roost: context '{}' goes while {} more coroutines live there\n", name(),
+               count - kAtMost);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <semaphore>
+#include <vector>
 
 #include "aio/test_loop.h"
 #include "roost/aio/iothread.h"
@@ -110,6 +111,27 @@ TEST(CensusReport, AContextThatGoesSaysWhoseHomeItWas) {
   EXPECT_NE(said.find("context 'leaving' goes while coroutine 'homeless'"), std::string::npos);
   ContextScope scope(*other);
   co->enter();
+}
+
+TEST(CensusReport, AContextThatGoesNamesTheFirstOfMany) {
+  constexpr int kMany = 25;
+  const auto other = AioContext::create({.name = "other"});
+  std::vector<Coroutine*> all(kMany);
+  const auto body = [](Coroutine*& me) -> Task<void> {
+    me = Coroutine::self();
+    co_await yield();
+  };
+  testing::internal::CaptureStderr();
+  {
+    const auto context = AioContext::create({.name = "leaving"});
+    ContextScope scope(*context);
+    for (Coroutine*& co : all) Coroutine::create(body(co), "homeless")->enter();
+  }
+  const std::string said = testing::internal::GetCapturedStderr();
+  EXPECT_EQ(std::ranges::count(said, '\n'), 11);
+  EXPECT_NE(said.find("goes while 15 more coroutines live there"), std::string::npos) << said;
+  ContextScope scope(*other);
+  for (Coroutine* co : all) co->enter();
 }
 
 TEST(CensusReportDeath, ACoroutineThatNeverEndedIsReportedAtExit) {
