@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The numbers of the NBD protocol (fixed newstyle handshake, simple replies) under names.
+// The numbers of the NBD protocol under names: the fixed newstyle handshake; simple, structured and
+// extended replies; the extensions EXTENDED_HEADERS and RESIZE.
 //
 // Fields on the wire are big-endian and unaligned: load_be and store_be of roost/base/bytes.h.
 // The enumerations have fixed underlying types, so that any value a peer sends can be held in one.
@@ -9,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 namespace roost::nbd {
 
@@ -18,6 +20,9 @@ inline constexpr std::uint64_t kOptionMagic = 0x49484156454f5054;  // "IHAVEOPT"
 inline constexpr std::uint64_t kOptionReplyMagic = 0x0003e889045565a9;
 inline constexpr std::uint32_t kRequestMagic = 0x25609513;
 inline constexpr std::uint32_t kSimpleReplyMagic = 0x67446698;
+inline constexpr std::uint32_t kStructuredReplyMagic = 0x668e33ef;
+inline constexpr std::uint32_t kExtendedRequestMagic = 0x21e41c71;
+inline constexpr std::uint32_t kExtendedReplyMagic = 0x6e8a278c;
 
 // Sizes of messages, in bytes.
 inline constexpr std::size_t kGreetingSize = 18;
@@ -26,7 +31,10 @@ inline constexpr std::size_t kOptionHeaderSize = 16;
 inline constexpr std::size_t kOptionReplyHeaderSize = 20;
 inline constexpr std::size_t kExportNameZeroes = 124;  // behind the reply to kExportName
 inline constexpr std::size_t kRequestSize = 28;
+inline constexpr std::size_t kExtendedRequestSize = 32;
 inline constexpr std::size_t kSimpleReplySize = 16;
+inline constexpr std::size_t kStructuredReplySize = 20;  // the header of each chunk
+inline constexpr std::size_t kExtendedReplySize = 32;    // likewise
 
 /// The longest string (export name, description, message) either side may send.
 inline constexpr std::size_t kMaxString = 4096;
@@ -60,6 +68,7 @@ inline constexpr std::uint16_t kTransmissionCanMultiConn = 1u << 8;
 inline constexpr std::uint16_t kTransmissionSendResize = 1u << 9;
 inline constexpr std::uint16_t kTransmissionSendCache = 1u << 10;
 inline constexpr std::uint16_t kTransmissionSendFastZero = 1u << 11;
+inline constexpr std::uint16_t kTransmissionBlockStatusPayload = 1u << 12;
 
 // Command flags, sent with a request (16 bits).
 inline constexpr std::uint16_t kCommandFua = 1u << 0;
@@ -67,6 +76,27 @@ inline constexpr std::uint16_t kCommandNoHole = 1u << 1;
 inline constexpr std::uint16_t kCommandDf = 1u << 2;
 inline constexpr std::uint16_t kCommandReqOne = 1u << 3;
 inline constexpr std::uint16_t kCommandFastZero = 1u << 4;
+inline constexpr std::uint16_t kCommandPayloadLen = 1u << 5;  // with extended headers
+
+// Flags of a chunk of a structured or extended reply (16 bits).
+inline constexpr std::uint16_t kReplyDone = 1u << 0;
+
+/// What a chunk holds. Errors have bit 15 set.
+enum class ChunkType : std::uint16_t {
+  kNone = 0,
+  kOffsetData = 1,
+  kOffsetHole = 2,
+  kBlockStatus = 5,
+  kBlockStatusExt = 6,
+  kError = 0x8001,
+  kErrorOffset = 0x8002,
+};
+inline constexpr std::uint16_t kChunkErrorBit = 1u << 15;
+
+/// The metadata context that says what is allocated, and its flags.
+inline constexpr std::string_view kBaseAllocation = "base:allocation";
+inline constexpr std::uint32_t kStateHole = 1u << 0;
+inline constexpr std::uint32_t kStateZero = 1u << 1;
 
 enum class Option : std::uint32_t {
   kExportName = 1,
