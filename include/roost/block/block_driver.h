@@ -9,11 +9,13 @@
 
 #include <sys/uio.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "roost/base/result.h"
 #include "roost/coro/task.h"
@@ -24,6 +26,16 @@ namespace roost {
 struct ZeroFlags {
   bool may_unmap = true;  // a hole is as good; otherwise the space stays allocated
   bool fua = false;       // durable before it returns
+  bool fast = false;      // ENOTSUP, and nothing done, where writing the zeroes would be as quick
+};
+
+/// What a piece of a disk holds. A value.
+struct Extent {
+  std::uint64_t length;  // in bytes, at least 1
+  bool hole;             // takes no space
+  bool zero;             // reads as zeroes
+
+  bool operator==(const Extent&) const = default;
 };
 
 /// A disk. The file's head says who may call it, and how it fails.
@@ -35,8 +47,11 @@ class BlockDriver {
 
   /// What the user called it; for messages.
   const std::string& name() const noexcept { return name_; }
-  /// In bytes; constant.
-  std::uint64_t size() const noexcept { return size_; }
+  /// In bytes. Changed by resize() only.
+  std::uint64_t size() const noexcept {
+    // Acquire pairs with set_size(): who sees a larger size sees what made it so.
+    return size_.load(std::memory_order_acquire);
+  }
   /// Constant.
   bool read_only() const noexcept { return read_only_; }
 
@@ -59,13 +74,34 @@ class BlockDriver {
   virtual Task<Result<void>> write_zeroes(std::uint64_t offset, std::uint64_t length,
                                           ZeroFlags flags) = 0;
 
+  /// Says what the range holds, from `offset` on: one to `max_extents` extents, neighbours of which
+  /// differ, and which together are no longer than `length`, but may be shorter. Whoever cannot
+  /// tell says data. What is written meanwhile may be seen or not.
+  /// REQUIRES: length > 0, max_extents > 0.
+  virtual Task<Result<std::vector<Extent>>> block_status(std::uint64_t offset, std::uint64_t length,
+                                                         std::size_t max_extents);
+
+  /// The range is going to be read soon. Advice: a disk without a cache does nothing.
+  virtual Task<Result<void>> cache(std::uint64_t offset, std::uint64_t length);
+
+  /// Makes the disk larger, by zeroes, or smaller. ENOTSUP where it cannot.
+  /// REQUIRES: no request is in flight beyond the smaller of both sizes.
+  virtual Task<Result<void>> resize(std::uint64_t new_size);
+
+  /// Whether resize() and write_zeroes() with `fast` may succeed. Constant.
+  virtual bool can_resize() const noexcept { return false; }
+  virtual bool can_zero_fast() const noexcept { return false; }
+
  protected:
   BlockDriver(std::string name, std::uint64_t size, bool read_only)
       : name_(std::move(name)), size_(size), read_only_(read_only) {}
 
+  /// For resize().
+  void set_size(std::uint64_t size) noexcept { size_.store(size, std::memory_order_release); }
+
  private:
   const std::string name_;
-  const std::uint64_t size_;
+  std::atomic<std::uint64_t> size_;  // any thread reads; resize() writes
   const bool read_only_;
 };
 
