@@ -12,6 +12,7 @@
 #include <fstream>
 #include <memory>
 #include <optional>
+#include <ostream>
 #include <thread>
 #include <vector>
 
@@ -22,6 +23,11 @@
 #include "roost/aio/simulation.h"
 
 namespace roost {
+
+void PrintTo(const Extent& extent, std::ostream* out) {
+  *out << (extent.hole ? "hole " : "") << (extent.zero ? "zero " : "") << extent.length;
+}
+
 namespace {
 
 using Extents = std::vector<Extent>;
