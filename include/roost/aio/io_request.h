@@ -32,6 +32,7 @@ struct IoRequest {
     kFindExtents,  // address: FileExtent[length], offset, size; the result is how many are filled
     // On sockets, and any descriptor that can be polled:
     kRecv,     // address, length, flags (MSG_*)
+    kRecvMsg,  // address: msghdr, which is filled in, flags (MSG_*)
     kSendMsg,  // address: msghdr, flags (MSG_*)
     kAccept,   // flags (SOCK_*); the result is the new descriptor
     kConnect,  // address: sockaddr, length
