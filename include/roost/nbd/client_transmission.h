@@ -154,7 +154,7 @@ class ReplyParser {
   void skip_payload() noexcept { skipping_ = true; }
 
   /// The stream may end here: no message is half received.
-  bool at_boundary() const noexcept { return buffer_.empty() && payload_left_ == 0; }
+  bool at_boundary() const noexcept { return buffer_.empty() && payload_left_ == 0 && !failed(); }
 
   bool failed() const noexcept { return !failure_.empty(); }
 
