@@ -174,7 +174,8 @@ class EpollBackEnd final : public BackEnd {
   };
 
   static bool waits_for_input(const IoRequest& r) noexcept {
-    return r.op == IoRequest::Op::kRecv || r.op == IoRequest::Op::kAccept ||
+    return r.op == IoRequest::Op::kRecv || r.op == IoRequest::Op::kRecvMsg ||
+           r.op == IoRequest::Op::kAccept ||
            (r.op == IoRequest::Op::kPoll && (r.flags & POLLIN));
   }
   static bool waits_for_output(const IoRequest& r) noexcept {

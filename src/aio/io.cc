@@ -21,8 +21,13 @@ void IoAwaiter::Request::start() noexcept {
   context->back_end().start(*this);
 }
 
-CancellableIoAwaiter::CancellableIoAwaiter(const IoRequest& what, std::stop_token stop) noexcept
-    : request_(what), stop_(std::move(stop)) {
+void IoSlot::interrupt() noexcept {
+  if (request_) request_->context->back_end().cancel(*request_);
+}
+
+CancellableIoAwaiter::CancellableIoAwaiter(const IoRequest& what, std::stop_token stop,
+                                           IoSlot* slot) noexcept
+    : request_(what), stop_(std::move(stop)), slot_(slot) {
   request_.awaiter = this;
 }
 
@@ -55,10 +60,12 @@ bool CancellableIoAwaiter::await_ready() {
 void CancellableIoAwaiter::start() noexcept {
   request_.complete = [](IoRequest& ended) noexcept {
     auto& request = static_cast<Request&>(ended);
+    if (request.awaiter->slot_) request.awaiter->slot_->request_ = nullptr;
     auto& relay = request.awaiter->relay_;
     if (!relay || relay->ended()) wake_waiter(*request.co);
   };
   started_ = true;
+  if (slot_) slot_->request_ = &request_;
   request_.context->back_end().start(request_);
 }
 
@@ -118,6 +125,10 @@ std::int64_t IoRequest::execute(bool dont_wait) const noexcept {
         break;
       case Op::kRecv:
         done = ::recv(fd, address, length, flags | (dont_wait ? MSG_DONTWAIT : 0));
+        break;
+      case Op::kRecvMsg:
+        done = ::recvmsg(fd, static_cast<msghdr*>(address),
+                         flags | (dont_wait ? MSG_DONTWAIT : 0));
         break;
       case Op::kSendMsg:
         done = ::sendmsg(fd, static_cast<const msghdr*>(address),

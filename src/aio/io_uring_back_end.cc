@@ -216,6 +216,11 @@ class IoUringBackEnd final : public BackEnd {
         // first would find nothing. Who wants so many bytes knows that they are on their way.
         if (!(r.flags & MSG_WAITALL) && !r.tried) sqe.ioprio |= IORING_RECVSEND_POLL_FIRST;
         break;
+      case IoRequest::Op::kRecvMsg:
+        io_uring_prep_recvmsg(&sqe, r.fd, static_cast<msghdr*>(r.address),
+                              static_cast<unsigned>(r.flags));
+        if (!(r.flags & MSG_WAITALL) && !r.tried) sqe.ioprio |= IORING_RECVSEND_POLL_FIRST;
+        break;
       case IoRequest::Op::kSendMsg:
         io_uring_prep_sendmsg(&sqe, r.fd, static_cast<const msghdr*>(r.address),
                               static_cast<unsigned>(r.flags));
@@ -278,6 +283,10 @@ class IoUringBackEnd final : public BackEnd {
     return false;
   }
 
+  static bool receives(const IoRequest& request) noexcept {
+    return request.op == IoRequest::Op::kRecv || request.op == IoRequest::Op::kRecvMsg;
+  }
+
   bool ended(IoRequest& request, int result) {
     if (request.cancelled) {
       // Had nothing yet, or was interrupted by the cancellation.
@@ -285,7 +294,7 @@ class IoUringBackEnd final : public BackEnd {
     } else if (request.stage == kPolledInRing && result >= 0) {
       put_into_ring(request);
       return false;
-    } else if (result == -EAGAIN && request.op == IoRequest::Op::kRecv && !request.tried &&
+    } else if (result == -EAGAIN && receives(request) && !request.tried &&
                !(request.flags & MSG_DONTWAIT)) {
       // Not a descriptor that can be polled: let the call itself say what is wrong with it.
       request.tried = true;

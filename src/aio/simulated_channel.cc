@@ -126,8 +126,22 @@ class Channel final : public SimulatedDevice {
   }
 
  private:
+  static bool receives(const IoRequest& request) noexcept {
+    return request.op == IoRequest::Op::kRecv || request.op == IoRequest::Op::kRecvMsg;
+  }
+
+  // Where it puts what arrives.
+  static std::span<const iovec> pieces(const IoRequest& request, iovec& only) noexcept {
+    if (request.op == IoRequest::Op::kRecv) {
+      only = {request.address, request.length};
+      return std::span(&only, 1);
+    }
+    const auto& message = *static_cast<const msghdr*>(request.address);
+    return std::span(message.msg_iov, message.msg_iovlen);
+  }
+
   Started& slot(const IoRequest& request) {
-    if (request.op == IoRequest::Op::kRecv) return receiving_;
+    if (receives(request)) return receiving_;
     if (request.op == IoRequest::Op::kSendMsg) return sending_;
     refuse(request);
   }
@@ -139,7 +153,7 @@ class Channel final : public SimulatedDevice {
 
   // The request's result, once it has one.
   std::optional<std::int64_t> move(Started& started) {
-    const bool receive = started.request->op == IoRequest::Op::kRecv;
+    const bool receive = receives(*started.request);
     if (!receive && started.request->op != IoRequest::Op::kSendMsg) refuse(*started.request);
     return receive ? receive_some(started) : send_some(started);
   }
@@ -148,21 +162,25 @@ class Channel final : public SimulatedDevice {
     IoRequest& request = *started.request;
     const auto so_far = static_cast<std::int64_t>(started.done);
     if (in_->broken) return so_far > 0 ? so_far : -ECONNRESET;
-    if (in_->arrived.empty() || request.length == 0) {
-      if (in_->ended || in_->receive_closed || request.length == 0) return so_far;
+    iovec only;
+    const std::span<const iovec> to = pieces(request, only);
+    const std::size_t wanted = total_length(to.data(), to.size());
+    if (in_->arrived.empty() || wanted == 0) {
+      if (in_->ended || in_->receive_closed || wanted == 0) return so_far;
       return std::nullopt;
     }
     const bool all = request.flags & MSG_WAITALL;
-    std::size_t count = std::min<std::size_t>(request.length - started.done, in_->arrived.size());
+    std::size_t count = std::min<std::size_t>(wanted - started.done, in_->arrived.size());
     if (!all) count = maybe_short(count, options_.short_one_in);
     const auto end = in_->arrived.begin() + static_cast<std::ptrdiff_t>(count);
-    std::copy(in_->arrived.begin(), end, static_cast<std::byte*>(request.address) + started.done);
+    std::vector<std::byte> bytes(in_->arrived.begin(), end);
+    scatter(to.data(), to.size(), started.done, bytes);
     if (!(request.flags & MSG_PEEK)) {
       in_->arrived.erase(in_->arrived.begin(), end);
       wake(in_->sender);
     }
     started.done += count;
-    if (all && started.done < request.length && !(request.flags & MSG_DONTWAIT)) {
+    if (all && started.done < wanted && !(request.flags & MSG_DONTWAIT)) {
       return in_->ended ? std::optional(static_cast<std::int64_t>(started.done)) : std::nullopt;
     }
     return static_cast<std::int64_t>(started.done);

@@ -145,7 +145,7 @@ int run(int argc, char** argv) {
   if (const std::string wrong = check_aio(options); !wrong.empty()) return usage_error(wrong);
   if (listen.empty()) listen = {"unix:./roost.sock"};
   for (const std::string& text : listen) {
-    const auto address = roost::ListenAddress::parse(text);
+    const auto address = roost::SocketAddress::parse(text);
     if (!address) return usage_error(address.error());
     options.listen.push_back(*address);
   }

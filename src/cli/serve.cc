@@ -214,7 +214,7 @@ int serve_or_throw(const ServeOptions& options) {
   }
 
   std::vector<ListenSocket> sockets;
-  for (const ListenAddress& address : options.listen) {
+  for (const SocketAddress& address : options.listen) {
     auto socket = ListenSocket::open(address);
     if (!socket) {
       report(socket.error().message());

@@ -11,13 +11,13 @@
 
 #include "roost/aio/aio_context.h"
 #include "roost/base/result.h"
-#include "roost/export/listen_address.h"
+#include "roost/io/listener.h"
 
 namespace roost::cli {
 
 struct ServeOptions {
   std::vector<std::string> disks;  // [NAME=]DISK
-  std::vector<ListenAddress> listen;
+  std::vector<SocketAddress> listen;
   unsigned iothreads = 2;
   EventLoop event_loop = EventLoop::kAuto;
   FileIo file_io = FileIo::kAuto;

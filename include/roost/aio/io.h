@@ -8,8 +8,8 @@
 // operation is asked to end early; the await returns once it has ended, with what it did, or with
 // -ECANCELED where the kernel, or the thread pool, gave it up. What -ECANCELED means:
 //
-//   io_read, io_recv, io_accept, io_poll    not started: nothing was taken; bytes and connections
-//                                           stay where they are (a buffer may have been scribbled)
+//   io_read, io_recv, io_recvmsg,           not started: nothing was taken; bytes and connections
+//   io_accept, io_poll                      stay where they are (a buffer may have been scribbled)
 //   io_writev, io_sendmsg                   not started: nothing was written or sent
 //   io_data_sync, io_allocate               unknown, on io_uring; not started otherwise
 //   io_connect                              unknown: the socket may get connected; close it
@@ -72,10 +72,29 @@ class [[nodiscard]] IoAwaiter {
   SuspendAwaiter<Start> start_ = suspend_waiting("I/O", Start{nullptr});
 };
 
+/// Where somebody on the same thread finds an operation while it waits, to end it early: a channel
+/// that is moved, say. One operation at a time.
+/// Threads: the home thread of the context that the operation was started on. Lifetime: outlives
+/// the operation.
+class IoSlot {
+ public:
+  IoSlot() noexcept = default;
+  IoSlot(const IoSlot&) = delete;
+  IoSlot& operator=(const IoSlot&) = delete;
+
+  /// Asks the operation to end early, as a stop would; nothing if none waits.
+  void interrupt() noexcept;
+
+ private:
+  friend class CancellableIoAwaiter;
+  IoRequest* request_ = nullptr;  // from its start to its completion
+};
+
 /// What the overloads with a stop token return.
 class [[nodiscard]] CancellableIoAwaiter {
  public:
-  CancellableIoAwaiter(const IoRequest& what, std::stop_token stop) noexcept;
+  /// `slot`, if not null, is where it can be found; then -ECANCELED may come of that, too.
+  CancellableIoAwaiter(const IoRequest& what, std::stop_token stop, IoSlot* slot = nullptr) noexcept;
   CancellableIoAwaiter(const CancellableIoAwaiter&) = delete;
   CancellableIoAwaiter& operator=(const CancellableIoAwaiter&) = delete;
 
@@ -113,6 +132,7 @@ class [[nodiscard]] CancellableIoAwaiter {
 
   Request request_;
   const std::stop_token stop_;
+  IoSlot* const slot_;
   std::optional<Relay> relay_;  // only where a stop is possible
   bool started_ = false;
   SuspendAwaiter<Start> start_ = suspend_waiting("I/O", Start{this});
@@ -176,6 +196,18 @@ inline IoAwaiter io_recv(int fd, std::span<std::byte> buffer, int flags = 0) noe
 inline CancellableIoAwaiter io_recv(int fd, std::span<std::byte> buffer, int flags,
                                     std::stop_token stop) noexcept {
   return {io_recv(fd, buffer, flags).request(), std::move(stop)};
+}
+
+/// recvmsg(2): as io_recv(), into several buffers, and with what comes beside the data.
+inline IoAwaiter io_recvmsg(int fd, msghdr& message, int flags = 0) noexcept {
+  IoAwaiter io(IoRequest::Op::kRecvMsg, fd);
+  io.request().address = &message;
+  io.request().flags = flags;
+  return io;
+}
+inline CancellableIoAwaiter io_recvmsg(int fd, msghdr& message, int flags,
+                                       std::stop_token stop) noexcept {
+  return {io_recvmsg(fd, message, flags).request(), std::move(stop)};
 }
 
 /// sendmsg(2), without SIGPIPE.

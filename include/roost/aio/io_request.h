@@ -21,6 +21,7 @@ struct IoRequest {
     kDataSync,  // fdatasync
     kAllocate,  // fallocate: flags (FALLOC_FL_*), offset, size
     kRecv,      // address, length, flags (MSG_*)
+    kRecvMsg,   // address: msghdr, which is filled in, flags (MSG_*)
     kSendMsg,   // address: msghdr, flags (MSG_*)
     kAccept,    // flags (SOCK_*); the result is the new descriptor
     kConnect,   // address: sockaddr, length

@@ -22,7 +22,7 @@
 
 #include "roost/aio/aio_context.h"
 #include "roost/block/block_driver.h"
-#include "roost/export/listen_address.h"
+#include "roost/io/listener.h"
 #include "roost/nbd/negotiation.h"
 
 namespace roost {

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: MIT
+#include "roost/io/socket_channel.h"
+
+#include <fmt/format.h>
+#include <linux/vm_sockets.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+
+#include "io/resolve.h"
+#include "roost/base/check.h"
+
+namespace roost {
+
+namespace {
+
+// A send and a receive that the kernel takes in one piece.
+constexpr std::size_t kMaxPieces = 1024;
+
+}  // namespace
+
+SocketChannel::SocketChannel(UniqueFd fd, std::string name)
+    : Channel(std::move(name)), fd_(std::move(fd)) {}
+
+SocketChannel::~SocketChannel() = default;
+
+Task<Result<std::unique_ptr<SocketChannel>>> SocketChannel::connect(SocketAddress address,
+                                                                    std::stop_token stop) {
+  const std::string name = address.text();
+  const Result<std::vector<ResolvedAddress>> resolved = co_await resolve(address, stop);
+  if (!resolved) co_return std::unexpected(resolved.error());
+  int last_error = EADDRNOTAVAIL;
+  for (const ResolvedAddress& one : *resolved) {
+    UniqueFd fd(::socket(one.family(), SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    if (!fd) {
+      last_error = errno;
+      continue;
+    }
+    const std::int64_t result = co_await io_connect(fd.get(), one.get(), one.length, stop);
+    if (result == 0) {
+      const int on = 1;
+      // Fails on other sockets, which do not delay anything.
+      ::setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+      co_return std::make_unique<SocketChannel>(std::move(fd), name);
+    }
+    last_error = static_cast<int>(-result);
+    if (result == -ECANCELED) break;
+  }
+  co_return fail(last_error, "connect to " + name);
+}
+
+Result<std::pair<std::unique_ptr<SocketChannel>, std::unique_ptr<SocketChannel>>>
+SocketChannel::pair() {
+  int fds[2];
+  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds) < 0) {
+    return fail(errno, "socketpair");
+  }
+  UniqueFd one(fds[0]);
+  UniqueFd other(fds[1]);
+  return std::pair(std::make_unique<SocketChannel>(std::move(one), "one end of a socket pair"),
+                   std::make_unique<SocketChannel>(std::move(other), "other end of a socket pair"));
+}
+
+// A receive of one piece is a recv, which costs the kernel less. Each iteration is one wait; a wait
+// that a move has interrupted goes on where the channel is now.
+Task<Result<std::size_t>> SocketChannel::do_readv(std::span<const iovec> to, std::stop_token stop) {
+  if (to.size() > 1 || received_descriptors_) {
+    msghdr message{};
+    message.msg_iov = const_cast<iovec*>(to.data());
+    message.msg_iovlen = std::min(to.size(), kMaxPieces);
+    co_return co_await receive(message, std::move(stop));
+  }
+  const std::span<std::byte> buffer(static_cast<std::byte*>(to[0].iov_base), to[0].iov_len);
+  for (;;) {
+    if (in_transit(Direction::kRead)) co_await arrive(Direction::kRead);
+    CancellableIoAwaiter wait(io_recv(fd_.get(), buffer).request(), stop, &slots_[0]);
+    const std::int64_t n = co_await std::move(wait);
+    if (n >= 0) co_return static_cast<std::size_t>(n);
+    if (n == -ECANCELED && stop.stop_requested())
+      co_return cancelled("read from", "nothing was taken");
+    if (n == -ECANCELED || n == -EINTR || n == -EAGAIN) continue;
+    co_return failure("read from", static_cast<int>(-n));
+  }
+}
+
+Task<Result<std::size_t>> SocketChannel::receive(msghdr& message, std::stop_token stop) {
+  alignas(cmsghdr) std::array<std::byte, CMSG_SPACE(kMaxDescriptors * sizeof(int))> control;
+  for (;;) {
+    if (in_transit(Direction::kRead)) co_await arrive(Direction::kRead);
+    if (received_descriptors_) {
+      message.msg_control = control.data();
+      message.msg_controllen = control.size();
+    }
+    CancellableIoAwaiter wait(io_recvmsg(fd_.get(), message, MSG_CMSG_CLOEXEC).request(), stop,
+                              &slots_[0]);
+    const std::int64_t n = co_await std::move(wait);
+    if (n == -ECANCELED && stop.stop_requested())
+      co_return cancelled("read from", "nothing was taken");
+    if (n == -ECANCELED || n == -EINTR || n == -EAGAIN) continue;
+    if (n < 0) co_return failure("read from", static_cast<int>(-n));
+    if (!received_descriptors_) co_return static_cast<std::size_t>(n);
+    for (cmsghdr* c = CMSG_FIRSTHDR(&message); c; c = CMSG_NXTHDR(&message, c)) {
+      if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+      const std::size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+      for (std::size_t i = 0; i < count; ++i) {
+        int fd = -1;
+        std::memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+        received_descriptors_->emplace_back(fd);
+      }
+    }
+    if (message.msg_flags & MSG_CTRUNC) co_return failure("receive descriptors from", EMSGSIZE);
+    co_return static_cast<std::size_t>(n);
+  }
+}
+
+Task<Result<std::size_t>> SocketChannel::do_writev(std::span<const iovec> from,
+                                                   std::stop_token stop) {
+  msghdr message{};
+  message.msg_iov = const_cast<iovec*>(from.data());
+  message.msg_iovlen = std::min(from.size(), kMaxPieces);
+  alignas(cmsghdr) std::array<std::byte, CMSG_SPACE(kMaxDescriptors * sizeof(int))> control;
+  if (!send_descriptors_.empty()) {
+    message.msg_control = control.data();
+    message.msg_controllen = CMSG_SPACE(send_descriptors_.size_bytes());
+    cmsghdr* const c = CMSG_FIRSTHDR(&message);
+    c->cmsg_level = SOL_SOCKET;
+    c->cmsg_type = SCM_RIGHTS;
+    c->cmsg_len = CMSG_LEN(send_descriptors_.size_bytes());
+    std::memcpy(CMSG_DATA(c), send_descriptors_.data(), send_descriptors_.size_bytes());
+  }
+  co_return co_await send(message, std::move(stop));
+}
+
+Task<Result<std::size_t>> SocketChannel::send(msghdr& message, std::stop_token stop) {
+  for (;;) {
+    if (in_transit(Direction::kWrite)) co_await arrive(Direction::kWrite);
+    CancellableIoAwaiter wait(io_sendmsg(fd_.get(), message).request(), stop, &slots_[1]);
+    const std::int64_t n = co_await std::move(wait);
+    if (n >= 0) co_return static_cast<std::size_t>(n);
+    if (n == -ECANCELED && stop.stop_requested())
+      co_return cancelled("write to", "nothing was sent");
+    if (n == -ECANCELED || n == -EINTR || n == -EAGAIN) continue;
+    co_return failure("write to", static_cast<int>(-n));
+  }
+}
+
+Task<Result<void>> SocketChannel::send_with_descriptors(std::span<const std::byte> bytes,
+                                                        std::span<const int> descriptors,
+                                                        std::stop_token stop) {
+  ROOST_CHECK(!bytes.empty() && descriptors.size() <= kMaxDescriptors,
+              "{} descriptors beside {} bytes on {}", descriptors.size(), bytes.size(), name());
+  send_descriptors_ = descriptors;
+  const Result<std::size_t> first = co_await write(bytes, stop);
+  send_descriptors_ = {};
+  if (!first) co_return std::unexpected(first.error());
+  co_return co_await write_full(bytes.subspan(*first), std::move(stop));
+}
+
+Task<Result<std::size_t>> SocketChannel::read_with_descriptors(std::span<std::byte> to,
+                                                               std::vector<UniqueFd>& descriptors,
+                                                               std::stop_token stop) {
+  received_descriptors_ = &descriptors;
+  Result<std::size_t> result = co_await read(to, std::move(stop));
+  received_descriptors_ = nullptr;
+  co_return result;
+}
+
+Task<Result<void>> SocketChannel::do_shutdown(StreamEnd end, std::stop_token) {
+  const int how = end == StreamEnd::kRead    ? SHUT_RD
+                  : end == StreamEnd::kWrite ? SHUT_WR
+                                             : SHUT_RDWR;
+  // A peer that has gone first has ended both.
+  if (::shutdown(fd_.get(), how) < 0 && errno != ENOTCONN) co_return failure("shut down", errno);
+  co_return Result<void>();
+}
+
+void SocketChannel::interrupt(AioContext&) {
+  for (IoSlot& slot : slots_) slot.interrupt();
+}
+
+}  // namespace roost
