@@ -113,7 +113,14 @@ int run(int argc, char** argv) {
                    "seconds a client may take to negotiate")
       ->check(CLI::Range(1, 86'400))
       ->capture_default_str();
+  serve
+      ->add_option("--max-connections", options.max_connections,
+                   "clients at one time; one more is turned away; 0: any number")
+      ->check(CLI::Range(0, 1'000'000))
+      ->capture_default_str();
   serve->add_flag("--read-only", options.read_only, "Refuse writes");
+  serve->add_flag("--allow-resize", options.allow_resize,
+                  "Let clients change the size of disks that can");
   serve
       ->add_option("--create", create_size,
                    "Make files that do not exist, sparse, of this SIZE (K, M, G, T)")

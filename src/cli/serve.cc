@@ -250,6 +250,7 @@ int serve_or_throw(const ServeOptions& options) {
   NbdServer::Options server_options{.main_context = main_context.get(),
                                     .io_contexts = {},
                                     .limits = {},
+                                    .max_connections = options.max_connections,
                                     .log = [](const std::string& line) { report(line); }};
   server_options.limits.handshake_timeout_ns = options.handshake_timeout_s * 1'000'000'000;
   for (unsigned i = 0; i < options.iothreads; ++i) {
@@ -258,7 +259,11 @@ int serve_or_throw(const ServeOptions& options) {
   }
 
   std::vector<NbdServer::Export> exports;
-  for (const Disk& disk : *disks) exports.push_back({disk.export_name, disk.driver.get()});
+  for (const Disk& disk : *disks) {
+    exports.push_back({.name = disk.export_name,
+                       .disk = disk.driver.get(),
+                       .allow_resize = options.allow_resize});
+  }
   NbdServer server(std::move(server_options), std::move(exports));
 
   announce(options, *disks, sockets, threads.front()->context().back_end_name());

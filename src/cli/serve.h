@@ -24,7 +24,9 @@ struct ServeOptions {
   bool direct = false;  // files past the page cache
   std::int64_t poll_max_us = 100;
   std::int64_t handshake_timeout_s = 10;
+  std::size_t max_connections = 0;  // 0: any number
   bool read_only = false;
+  bool allow_resize = false;      // by clients
   std::uint64_t create_size = 0;  // 0: do not create
   std::string trace;              // where to write what was traced; empty: nothing is
   std::int64_t stall_ms = 0;      // 0: nobody looks

@@ -35,6 +35,9 @@ constexpr std::int64_t kLingerNs = 5'000'000'000;
 constexpr std::uint64_t kSparseRead = 64 << 10;
 constexpr std::size_t kSparseReadExtents = 32;
 
+// What one CACHE reads ahead: a request of 28 bytes shall not push everything else out of the cache.
+constexpr std::uint64_t kMostCached = 64 << 20;
+
 // What one BLOCK_STATUS may bring.
 constexpr std::size_t kMaxStatusExtents = 4096;
 constexpr std::size_t kMaxStatusBytes =
@@ -682,7 +685,7 @@ Task<void> NbdConnection::run_other(nbd::Request request) {
           .may_unmap = !request.no_hole(), .fua = request.fua(), .fast = request.fast_zero()};
       result = co_await disk_->write_zeroes(request.offset, request.length, flags);
     } else if (request.command == nbd::Command::kCache) {
-      result = co_await disk_->cache(request.offset, request.length);
+      result = co_await disk_->cache(request.offset, std::min(request.length, kMostCached));
     }
   } catch (const std::bad_alloc&) {
     result = out_of_memory();
