@@ -35,7 +35,8 @@ constexpr std::int64_t kLingerNs = 5'000'000'000;
 constexpr std::uint64_t kSparseRead = 64 << 10;
 constexpr std::size_t kSparseReadExtents = 32;
 
-// What one CACHE reads ahead: a request of 28 bytes shall not push everything else out of the cache.
+// What one CACHE reads ahead: a request of 28 bytes shall not push everything else out of the
+// cache.
 constexpr std::uint64_t kMostCached = 64 << 20;
 
 // What one BLOCK_STATUS may bring.
