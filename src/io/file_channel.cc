@@ -34,7 +34,7 @@ Task<Result<std::size_t>> FileChannel::do_readv(std::span<const iovec> to, std::
   const std::span<std::byte> buffer(static_cast<std::byte*>(piece->iov_base),
                                     std::min(piece->iov_len, kMaxTransfer));
   for (;;) {
-    if (in_transit(Direction::kRead)) co_await arrive(Direction::kRead);
+    if (in_transit(Direction::kRead)) co_await arrive();
     CancellableIoAwaiter wait(io_read(fd_.get(), buffer, read_offset_).request(), stop, &slots_[0]);
     const std::int64_t n = co_await std::move(wait);
     if (n >= 0) {
@@ -53,7 +53,7 @@ Task<Result<std::size_t>> FileChannel::do_writev(std::span<const iovec> from,
   if (write_ended_) co_return failure("write to", EPIPE);
   const auto pieces = from.first(std::min<std::size_t>(from.size(), IOV_MAX));
   for (;;) {
-    if (in_transit(Direction::kWrite)) co_await arrive(Direction::kWrite);
+    if (in_transit(Direction::kWrite)) co_await arrive();
     CancellableIoAwaiter wait(io_writev(fd_.get(), pieces, write_offset_).request(), stop,
                               &slots_[1]);
     const std::int64_t n = co_await std::move(wait);

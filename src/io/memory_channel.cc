@@ -81,7 +81,7 @@ class MemoryChannel final : public Channel {
   Task<Result<std::size_t>> do_readv(std::span<const iovec> to, std::stop_token stop) override {
     std::size_t taken = 0;
     for (;;) {
-      if (in_transit(Direction::kRead)) co_await arrive(Direction::kRead);
+      if (in_transit(Direction::kRead)) co_await arrive();
       std::unique_lock lock(in_->mutex);
       taken = in_->read_ended ? 0 : in_->take(to);
       if (taken > 0 || in_->write_ended || in_->read_ended) break;
@@ -98,7 +98,7 @@ class MemoryChannel final : public Channel {
   Task<Result<std::size_t>> do_writev(std::span<const iovec> from, std::stop_token stop) override {
     std::size_t put = 0;
     for (;;) {
-      if (in_transit(Direction::kWrite)) co_await arrive(Direction::kWrite);
+      if (in_transit(Direction::kWrite)) co_await arrive();
       std::unique_lock lock(out_->mutex);
       if (out_->write_ended || out_->read_ended) co_return failure("write to", EPIPE);
       put = out_->put(from);

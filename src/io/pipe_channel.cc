@@ -29,7 +29,7 @@ Task<Result<std::size_t>> PipeChannel::transfer(Direction direction, const char*
   const bool reads = direction == Direction::kRead;
   const auto index = static_cast<std::size_t>(direction);
   for (;;) {
-    if (in_transit(direction)) co_await arrive(direction);
+    if (in_transit(direction)) co_await arrive();
     if (ended_[index]) {
       ends_[index].reset();
       if (reads) co_return 0;

@@ -6,6 +6,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
@@ -42,7 +43,15 @@ Task<Result<std::unique_ptr<SocketChannel>>> SocketChannel::connect(SocketAddres
       last_error = errno;
       continue;
     }
-    const std::int64_t result = co_await io_connect(fd.get(), one.get(), one.length, stop);
+    std::int64_t result = co_await io_connect(fd.get(), one.get(), one.length, stop);
+    if (result == -EALREADY) {
+      // The ring asks a socket once more that is being connected, and vsock says so.
+      const std::int64_t ready = co_await io_poll(fd.get(), POLLOUT, stop);
+      int error = ready < 0 ? static_cast<int>(-ready) : 0;
+      socklen_t length = sizeof error;
+      if (ready >= 0) ::getsockopt(fd.get(), SOL_SOCKET, SO_ERROR, &error, &length);
+      result = -error;
+    }
     if (result == 0) {
       const int on = 1;
       // Fails on other sockets, which do not delay anything.
@@ -78,7 +87,7 @@ Task<Result<std::size_t>> SocketChannel::do_readv(std::span<const iovec> to, std
   }
   const std::span<std::byte> buffer(static_cast<std::byte*>(to[0].iov_base), to[0].iov_len);
   for (;;) {
-    if (in_transit(Direction::kRead)) co_await arrive(Direction::kRead);
+    if (in_transit(Direction::kRead)) co_await arrive();
     CancellableIoAwaiter wait(io_recv(fd_.get(), buffer).request(), stop, &slots_[0]);
     const std::int64_t n = co_await std::move(wait);
     if (n >= 0) co_return static_cast<std::size_t>(n);
@@ -92,7 +101,7 @@ Task<Result<std::size_t>> SocketChannel::do_readv(std::span<const iovec> to, std
 Task<Result<std::size_t>> SocketChannel::receive(msghdr& message, std::stop_token stop) {
   alignas(cmsghdr) std::array<std::byte, CMSG_SPACE(kMaxDescriptors * sizeof(int))> control;
   for (;;) {
-    if (in_transit(Direction::kRead)) co_await arrive(Direction::kRead);
+    if (in_transit(Direction::kRead)) co_await arrive();
     if (received_descriptors_) {
       message.msg_control = control.data();
       message.msg_controllen = control.size();
@@ -139,7 +148,7 @@ Task<Result<std::size_t>> SocketChannel::do_writev(std::span<const iovec> from,
 
 Task<Result<std::size_t>> SocketChannel::send(msghdr& message, std::stop_token stop) {
   for (;;) {
-    if (in_transit(Direction::kWrite)) co_await arrive(Direction::kWrite);
+    if (in_transit(Direction::kWrite)) co_await arrive();
     CancellableIoAwaiter wait(io_sendmsg(fd_.get(), message).request(), stop, &slots_[1]);
     const std::int64_t n = co_await std::move(wait);
     if (n >= 0) co_return static_cast<std::size_t>(n);

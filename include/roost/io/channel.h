@@ -124,10 +124,13 @@ class Channel {
   bool in_transit(Direction direction) const noexcept { return use(direction).in_transit; }
 
   /// Goes to where the channel was moved.
-  Task<void> arrive(Direction direction);
+  Task<void> arrive();
 
   /// For a channel over another one: attaches `lower` to `to`, and makes what waits in it go there.
-  static void redirect(Channel& lower, AioContext& to) { lower.redirect(to); }
+  void redirect_lower(Channel& lower, AioContext& to) {
+    lower.upper_ = this;
+    lower.redirect(to);
+  }
 
   /// "read from NAME: ...", as an error.
   std::unexpected<Error> failure(const char* what, int error) const;
@@ -139,8 +142,8 @@ class Channel {
   // Who is at one direction.
   struct Use {
     bool busy = false;
-    bool in_transit = false;   // the channel was moved, its operation has not arrived
-    const char* by = nullptr;  // the coroutine's name
+    bool in_transit = false;  // the channel was moved, its operation has not arrived
+    Coroutine* by = nullptr;  // while it is busy
   };
   const Use& use(Direction d) const noexcept { return uses_[static_cast<std::size_t>(d)]; }
   Use& use(Direction d) noexcept { return uses_[static_cast<std::size_t>(d)]; }
@@ -148,6 +151,7 @@ class Channel {
   bool try_begin(Direction direction);
   void end(Direction direction) noexcept;
   void redirect(AioContext& to);
+  void has_arrived(const Coroutine& co);
   std::size_t take_unread(std::span<const iovec> to) noexcept;
   void put_back(std::span<const iovec> from, std::size_t size);
   Task<Result<std::size_t>> fill(std::span<iovec> to, std::stop_token stop);
@@ -160,6 +164,9 @@ class Channel {
   std::array<Use, 2> uses_;  // in_transit is also read, without the mutex, by the operation
   bool moving_ = false;
   Coroutine* mover_ = nullptr;  // waits for operations in transit
+
+  // While the channel above is moved: what arrives here has arrived there, too.
+  Channel* upper_ = nullptr;
 
   // The operation of direction kRead.
   std::vector<std::byte> unread_;  // what a cancelled read_full had taken
