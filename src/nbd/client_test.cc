@@ -12,6 +12,7 @@
 #include "nbd/test_bytes.h"
 #include "roost/base/bytes.h"
 #include "roost/io/memory_channel.h"
+#include "roost/io/socket_channel.h"
 
 namespace roost::nbd {
 namespace {
@@ -66,11 +67,17 @@ class ClientTest : public ChannelTest {
     std::uint32_t min_block = 1;
     bool extended = false;
     std::size_t capacity = 256 << 10;
+    bool sockets = false;
   };
 
   void connect(const Setup& setup) {
     extended_ = setup.extended;
     auto ends = make_memory_channels(setup.capacity);
+    if (setup.sockets) {
+      auto sockets = SocketChannel::pair();
+      ASSERT_TRUE(sockets) << sockets.error().message();
+      ends = {std::move(sockets->first), std::move(sockets->second)};
+    }
     far_ = std::move(ends.second);
     options_.wishes = {.export_name = "disk",
                        .extended_headers = setup.extended,
@@ -508,6 +515,24 @@ TEST_F(ClientTest, FailsTheConnectionWhereTheServerTalksOfSomethingElse) {
   EXPECT_FALSE(client().state());
 }
 
+TEST_F(ClientTest, KnowsAReplyToWhatItHasNotYetSent) {
+  connect({.capacity = 4096});
+  const std::string long_text(16384, 'x');
+  std::string buffer(512, '?');
+  std::optional<Done> written, read;
+  start(client().write(0, bytes_of(long_text)), written);
+  settle();
+  start(client().read(0, room_of(buffer)), read);
+  settle();
+  send(data_chunk({.cookie = 2, .offset = 0, .length = 512}, 'x'));
+  finish(read);
+  finish(written);
+  EXPECT_EQ(words(read),
+            "one end in memory: READ 0+512: the server replied to a request that was not made, "
+            "cookie 2");
+  EXPECT_EQ(written->error().code(), EPROTO);
+}
+
 TEST_F(ClientTest, FailsTheConnectionOnTheWrongKindOfReply) {
   connect();
   std::string buffer(512, '?');
@@ -593,7 +618,7 @@ TEST_F(ClientTest, CutsTheConnectionWhenToldNotToWait) {
 }
 
 TEST_F(ClientTest, CanBeCutFromAnotherContextThanTheChannels) {
-  connect();
+  connect({.sockets = true});
   std::string buffer(512, '?');
   std::optional<Done> read, ended;
   start(client().read(4096, room_of(buffer)), read);
