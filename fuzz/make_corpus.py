@@ -9,8 +9,13 @@ import pathlib
 import struct
 
 HERE = pathlib.Path(__file__).resolve().parent / "corpus"
-EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO, STRUCTURED, SET_META = 1, 2, 3, 5, 6, 7, 8, 10
-READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES = range(7)
+EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO = 1, 2, 3, 5, 6, 7
+STRUCTURED, LIST_META, SET_META, EXTENDED = 8, 9, 10, 11
+READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS, RESIZE = range(9)
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = (1 << bit for bit in range(6))
+# Added to the setup byte.
+TLS_FORBIDDEN, TLS_ALLOWED, TLS_REQUIRED = 4, 8, 12
+CHUNKS, LONG_HEADERS, STATUS_PAYLOAD = 64, 128, 192
 
 
 def write(target, name, setup, seed, stream):
@@ -30,6 +35,15 @@ def go(name, *requests):
 
 def request(command, offset=0, length=0, flags=0, cookie=0x0102030405060708, data=b""):
     return struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length) + data
+
+
+def meta(name, *queries):
+    strings = [struct.pack(">I", len(s)) + s for s in (name, *queries)]
+    return strings[0] + struct.pack(">I", len(queries)) + b"".join(strings[1:])
+
+
+def extended(command, offset=0, length=0, flags=0, cookie=0x0102030405060708, data=b""):
+    return struct.pack(">IHHQQQ", 0x21e41c71, flags, command, cookie, offset, length) + data
 
 
 def negotiations():
@@ -55,6 +69,33 @@ def negotiations():
         "unknown_client_flag": (1, struct.pack(">I", 7)),
         "wrong_magic": (1, fixed + b"GET / HTTP/1.1\r\n\r\n"),
         "four_gigabytes": (1, fixed + option(STRUCTURED, length=0xffffffff)),
+        "structured_then_go": (2, fixed + option(STRUCTURED) + option(GO, go(b"a"))),
+        "extended_then_go": (2, fixed + option(EXTENDED) + option(STRUCTURED)
+                             + option(SET_META, meta(b"a", b"base:allocation"))
+                             + option(INFO, go(b"disk")) + option(GO, go(b"a", 3))),
+        "extended_export_name": (2, fixed + option(EXTENDED, b"x") + option(EXTENDED)
+                                 + option(EXPORT_NAME, b"a")),
+        "contexts_listed": (2, fixed + option(STRUCTURED) + option(LIST_META, meta(b"a"))
+                            + option(LIST_META, meta(b"", b"base:", b"qemu:x"))
+                            + option(LIST_META, meta(b"x", b"base:"))),
+        "context_of_another": (2, fixed + option(STRUCTURED)
+                               + option(SET_META, meta(b"disk", b"x:y", b"base:allocation"))
+                               + option(GO, go(b"a"))),
+        "context_lost": (2, fixed + option(EXTENDED)
+                         + option(SET_META, meta(b"a", b"base:allocation"))
+                         + option(SET_META, meta(b"a", b"no colon")) + option(GO, go(b"a"))),
+        "context_malformed": (2, fixed + option(STRUCTURED) + option(SET_META, b"\0\0\0\0\xff\xff")
+                              + option(SET_META, struct.pack(">III", 0, 0xffffffff, 0))
+                              + option(LIST_META, struct.pack(">III", 0, 1, 0xfffffffc))),
+        "context_without_chunks": (2, fixed + option(SET_META, meta(b"a", b"base:allocation"))
+                                   + option(EXPORT_NAME, b"a")),
+        "tls_forbidden": (1 + TLS_FORBIDDEN, fixed + option(STARTTLS) + option(LIST)),
+        "tls_started": (1 + TLS_ALLOWED, fixed + option(LIST) + option(STARTTLS, b"x")
+                        + option(STARTTLS)),
+        "tls_and_plain_text": (1 + TLS_ALLOWED, fixed + option(STARTTLS) + option(GO, go(b""))),
+        "tls_required": (1 + TLS_REQUIRED, fixed + option(LIST) + option(GO, go(b""))
+                         + option(0xffff) + option(STARTTLS)),
+        "tls_required_name": (1 + TLS_REQUIRED, fixed + option(EXPORT_NAME)),
         "no_exports": (0, fixed + option(LIST) + option(GO, go(b"")) + option(EXPORT_NAME)),
     }
     for seed, (name, (setup, stream)) in enumerate(streams.items()):
@@ -79,6 +120,27 @@ def transmissions():
         "flush_with_length": (2, request(FLUSH, 0, 1) + request(FLUSH, 1, 0)),
         "unaligned": (18, request(READ, 1, 512) + request(READ, 512, 512)),
         "wrong_magic": (2, request(READ, 0, 1) + b"\x25\x60\x95\x14" + bytes(24)),
+        "chunks": (2 + CHUNKS, request(READ, 0, 65536, DF) + request(STATUS, 0, 4096, REQ_ONE)
+                   + request(ZEROES, 0, 512, FAST_ZERO) + request(CACHE, 0, 512)
+                   + request(READ, 0, (32 << 20) + 1) + request(STATUS, 0, 0)
+                   + request(READ, 0, 1, PAYLOAD_LEN)),
+        "resize": (1 + CHUNKS, request(RESIZE, 4096) + request(RESIZE, 1 << 63)
+                   + request(READ, 4096, 512)),
+        "resize_read_only": (9 + CHUNKS, request(RESIZE, 4096)),
+        "extended": (3 + LONG_HEADERS, extended(TRIM, 0, 1 << 40) + extended(READ, 0, 1 << 40)
+                     + extended(WRITE, 0, 512, PAYLOAD_LEN | FUA, data=block)
+                     + extended(WRITE, 0, 512) + extended(READ, 0, 512, PAYLOAD_LEN, data=block)),
+        "extended_status": (3 + STATUS_PAYLOAD,
+                            extended(STATUS, 512, 12, PAYLOAD_LEN,
+                                     data=struct.pack(">QI", 1 << 40, 1))
+                            + extended(STATUS, 512, 12, PAYLOAD_LEN,
+                                       data=struct.pack(">QI", 1 << 40, 2))
+                            + extended(STATUS, 0, 16, PAYLOAD_LEN,
+                                       data=struct.pack(">QII", 1, 1, 1))
+                            + extended(STATUS, 0, 1 << 33)),
+        "extended_too_big": (35 + LONG_HEADERS, extended(WRITE, 0, (1 << 20) + 1, PAYLOAD_LEN)),
+        "extended_wraps": (3 + LONG_HEADERS, extended(ZEROES, 2, 0xffffffffffffffff)),
+        "extended_compact": (3 + LONG_HEADERS, extended(READ, 0, 1) + request(READ, 0, 512)),
         "header_cut_off": (2, request(READ, 0, 1)[:27]),
     }
     for seed, (name, (setup, stream)) in enumerate(streams.items()):

@@ -5,7 +5,10 @@
 #include <poll.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <span>
+#include <utility>
 
 #include "roost/aio/aio_context.h"
 
@@ -98,6 +101,54 @@ int connect_now(const IoRequest& request, bool dont_wait) noexcept {
   return error == 0 ? 0 : -1;
 }
 
+// The kernel takes one such advice for no more than the device's read-ahead, silently.
+int read_ahead(int fd, off_t offset, std::uint64_t size) noexcept {
+  constexpr std::uint64_t kPiece = 128 << 10;
+  while (size > 0) {
+    const std::uint64_t count = std::min(size, kPiece);
+    errno = ::posix_fadvise(fd, offset, static_cast<off_t>(count), POSIX_FADV_WILLNEED);
+    if (errno != 0) return -1;
+    offset += static_cast<off_t>(count);
+    size -= count;
+  }
+  return 0;
+}
+
+// The file may change meanwhile: what SEEK_DATA found may be a hole for SEEK_HOLE.
+std::int64_t find_extents(int fd, std::span<FileExtent> to, off_t at, off_t end) noexcept {
+  std::size_t count = 0;
+  bool at_data = false;
+  while (at < end) {
+    off_t next = ::lseek(fd, at, at_data ? SEEK_HOLE : SEEK_DATA);
+    if (next < 0) {
+      if (errno != ENXIO) return -1;
+      // Nothing but a hole up to the end of the file, or `at` is beyond that.
+      next = ::lseek(fd, 0, SEEK_END);
+      if (next < 0) return -1;
+      if (next <= at) {
+        if (count > 0) break;
+        errno = ENXIO;
+        return -1;
+      }
+      if (std::exchange(at_data, false)) continue;
+    }
+    next = std::min(next, end);
+    if (next > at) {
+      const bool hole = !at_data;
+      if (count > 0 && to[count - 1].hole == hole) {
+        to[count - 1].length += static_cast<std::uint64_t>(next - at);
+      } else if (count < to.size()) {
+        to[count++] = {.length = static_cast<std::uint64_t>(next - at), .hole = hole};
+      } else {
+        break;
+      }
+    }
+    at = next;
+    at_data = !at_data;
+  }
+  return static_cast<std::int64_t>(count);
+}
+
 }  // namespace
 
 std::int64_t IoRequest::execute(bool dont_wait) const noexcept {
@@ -122,6 +173,17 @@ std::int64_t IoRequest::execute(bool dont_wait) const noexcept {
       case Op::kAllocate:
         done = dont_wait ? (errno = EAGAIN, -1)
                          : ::fallocate(fd, flags, file_offset, static_cast<off_t>(size));
+        break;
+      case Op::kTruncate:
+        done = dont_wait ? (errno = EAGAIN, -1) : ::ftruncate(fd, static_cast<off_t>(size));
+        break;
+      case Op::kReadAhead:
+        done = dont_wait ? (errno = EAGAIN, -1) : read_ahead(fd, file_offset, size);
+        break;
+      case Op::kFindExtents:
+        done = dont_wait ? (errno = EAGAIN, -1)
+                         : find_extents(fd, {static_cast<FileExtent*>(address), length},
+                                        file_offset, file_offset + static_cast<off_t>(size));
         break;
       case Op::kRecv:
         done = ::recv(fd, address, length, flags | (dont_wait ? MSG_DONTWAIT : 0));

@@ -60,14 +60,16 @@ constexpr std::uint64_t kTagMask = 7;
 class IoUringBackEnd final : public BackEnd {
  public:
   IoUringBackEnd(AioContext& context, int wake_fd, FileIo file_io, std::shared_ptr<ThreadPool> pool)
-      : context_(context), wake_fd_(wake_fd) {
+      : context_(context),
+        wake_fd_(wake_fd),
+        files_in_ring_(file_io == FileIo::kAuto || file_io == FileIo::kIoUring) {
     if (const int error = set_up_ring(ring_, kSubmissions); error < 0) {
       throw std::system_error(-error, std::generic_category(), "io_uring_queue_init");
     }
     watch_wake_fd();
-    if (file_io == FileIo::kPool || file_io == FileIo::kLinuxAio) {
-      files_.emplace(context, requests_, *this, file_io, std::move(pool));
-    }
+    // What the ring does not take goes to the pool, whoever executes the rest.
+    files_.emplace(context, requests_, *this, files_in_ring_ ? FileIo::kPool : file_io,
+                   std::move(pool));
   }
 
   ~IoUringBackEnd() override {
@@ -92,7 +94,7 @@ class IoUringBackEnd final : public BackEnd {
 
   bool poll(std::int64_t timeout_ns) override {
     immediate_ = 0;
-    if (files_) files_->flush();
+    files_->flush();
     if (timeout_ns == 0 || io_uring_cq_ready(&ring_) > 0 || requests_.some_have_ended()) {
       flush();
     } else if (timeout_ns < 0) {
@@ -109,7 +111,7 @@ class IoUringBackEnd final : public BackEnd {
   }
 
   void flush() override {
-    if (files_) files_->flush();
+    files_->flush();
     // The kernel runs deferred completion work only in a call that asks for events.
     if (io_uring_sq_ready(&ring_) > 0) {
       io_uring_submit_and_get_events(&ring_);
@@ -136,7 +138,7 @@ class IoUringBackEnd final : public BackEnd {
 
   void start(IoRequest& request) override {
     requests_.started();
-    if (files_ && request.on_file()) {
+    if (files_in_ring_ ? request.for_pool_only() : request.on_file()) {
       files_->start(request);
     } else {
       put_into_ring(request);
@@ -209,6 +211,11 @@ class IoUringBackEnd final : public BackEnd {
       case IoRequest::Op::kAllocate:
         io_uring_prep_fallocate(&sqe, r.fd, r.flags, static_cast<off_t>(r.offset),
                                 static_cast<off_t>(r.size));
+        break;
+      case IoRequest::Op::kTruncate:
+      case IoRequest::Op::kReadAhead:
+      case IoRequest::Op::kFindExtents:
+        ROOST_CHECK(false, "an operation for the thread pool went to the ring");
         break;
       case IoRequest::Op::kRecv:
         io_uring_prep_recv(&sqe, r.fd, r.address, r.length, r.flags);
@@ -346,7 +353,8 @@ class IoUringBackEnd final : public BackEnd {
   Requests requests_;
   unsigned immediate_ = 0;  // sends that this iteration has made at once
   bool closing_ = false;
-  std::optional<FileEngines> files_;  // null: the ring
+  const bool files_in_ring_;
+  std::optional<FileEngines> files_;  // null once the back end goes
 };
 
 }  // namespace

@@ -27,7 +27,11 @@ constexpr std::size_t kSector = 512;
 class Disk final : public SimulatedDevice {
  public:
   Disk(Simulation& simulation, int fd, std::size_t size, const SimulatedDiskOptions& options)
-      : SimulatedDevice(simulation, fd), options_(options), now_(size), durable_(size) {}
+      : SimulatedDevice(simulation, fd),
+        options_(options),
+        now_(size),
+        durable_(size),
+        written_(sectors(size)) {}
 
   const char* kind() const noexcept override { return "disk"; }
 
@@ -83,6 +87,8 @@ class Disk final : public SimulatedDevice {
     }
     cached_.clear();
     now_ = durable_;
+    // A hole that was punched, and not synced, may be none.
+    written_.assign(sectors(now_.size()), true);
   }
 
   void fail_next(IoRequest::Op op, int error) { failures_.emplace_back(op, error); }
@@ -95,6 +101,8 @@ class Disk final : public SimulatedDevice {
     std::size_t offset;
     std::vector<std::byte> bytes;
   };
+
+  static std::size_t sectors(std::size_t bytes) { return (bytes + kSector - 1) / kSector; }
 
   static void put(std::vector<std::byte>& medium, std::size_t offset,
                   std::span<const std::byte> bytes) {
@@ -121,6 +129,13 @@ class Disk final : public SimulatedDevice {
         return 0;
       case IoRequest::Op::kAllocate:
         return allocate(request);
+      case IoRequest::Op::kTruncate:
+        truncate(request.size);
+        return 0;
+      case IoRequest::Op::kReadAhead:
+        return 0;
+      case IoRequest::Op::kFindExtents:
+        return find_extents(request);
       default:
         refuse(request);
     }
@@ -169,19 +184,57 @@ class Disk final : public SimulatedDevice {
       const std::uint64_t limit = keep_size ? std::min<std::uint64_t>(end, now_.size()) : end;
       if (request.offset < limit) {
         write_cached(request.offset, std::vector<std::byte>(limit - request.offset));
+        const std::size_t first = sectors(request.offset);
+        const std::size_t last = limit == now_.size() ? sectors(limit) : limit / kSector;
+        if ((request.flags & FALLOC_FL_PUNCH_HOLE) && first < last) {
+          std::fill(written_.begin() + static_cast<std::ptrdiff_t>(first),
+                    written_.begin() + static_cast<std::ptrdiff_t>(last), false);
+        }
       }
       return 0;
     }
     if (request.flags & ~FALLOC_FL_KEEP_SIZE) return -EOPNOTSUPP;
     if (!keep_size && now_.size() < end) {
-      now_.resize(end);
-      durable_.resize(end);
+      truncate(end);
     }
     return 0;
   }
 
+  // As a file system with a journal does it: the size is on the medium at once.
+  void truncate(std::size_t size) {
+    now_.resize(size);
+    durable_.resize(size);
+    written_.resize(sectors(size));
+    std::erase_if(cached_, [size](const Write& write) { return write.offset >= size; });
+    for (Write& write : cached_) {
+      write.bytes.resize(std::min(write.bytes.size(), size - write.offset));
+    }
+  }
+
+  std::int64_t find_extents(const IoRequest& request) {
+    if (request.offset >= now_.size()) return -ENXIO;
+    auto* const to = static_cast<FileExtent*>(request.address);
+    const std::size_t end = std::min<std::size_t>(request.offset + request.size, now_.size());
+    std::size_t count = 0;
+    for (std::size_t at = request.offset; at < end;) {
+      const bool hole = !written_[at / kSector];
+      const std::size_t next = std::min(end, at / kSector * kSector + kSector);
+      if (count == 0 || to[count - 1].hole != hole) {
+        if (count == request.length) break;
+        to[count++] = {.length = 0, .hole = hole};
+      }
+      to[count - 1].length += next - at;
+      at = next;
+    }
+    return static_cast<std::int64_t>(maybe_short(count, options_.short_one_in));
+  }
+
   void write_cached(std::size_t offset, std::vector<std::byte> bytes) {
     put(now_, offset, bytes);
+    written_.resize(sectors(now_.size()));
+    const auto first = written_.begin() + static_cast<std::ptrdiff_t>(offset / kSector);
+    std::fill(first, written_.begin() + static_cast<std::ptrdiff_t>(sectors(offset + bytes.size())),
+              true);
     cached_.push_back({.number = next_write_++, .offset = offset, .bytes = std::move(bytes)});
   }
 
@@ -196,6 +249,7 @@ class Disk final : public SimulatedDevice {
   std::vector<std::byte> now_;      // what a read finds
   std::vector<std::byte> durable_;  // what is on the medium for sure
   std::deque<Write> cached_;        // the difference, oldest first
+  std::vector<bool> written_;       // sectors that are no holes
   std::uint64_t next_write_ = 0;
   std::shared_ptr<const bool> power_ = std::make_shared<const bool>(true);  // anew with each crash
   std::list<Started> in_flight_;

@@ -14,6 +14,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -31,6 +32,7 @@ namespace {
 
 constexpr std::size_t kZeroChunk = 1 << 20;
 constexpr std::size_t kBounceSize = 1 << 20;  // at least two blocks
+constexpr std::size_t kExtentsAtOnce = 1024;  // a worker looks for them some microseconds each
 
 // What a short write left to do.
 class RemainingBuffers {
@@ -68,8 +70,11 @@ class RemainingBuffers {
 class FileDisk final : public BlockDriver {
  public:
   FileDisk(std::string name, std::uint64_t size, bool read_only, UniqueFd fd,
-           std::optional<DirectAlignment> direct)
-      : BlockDriver(std::move(name), size, read_only), fd_(std::move(fd)), direct_(direct) {}
+           std::optional<DirectAlignment> direct, bool device)
+      : BlockDriver(std::move(name), size, read_only),
+        fd_(std::move(fd)),
+        direct_(direct),
+        device_(device) {}
 
   Task<Result<void>> read(std::uint64_t offset, std::span<std::byte> to) override {
     if (direct_) co_return co_await read_directly(offset, to);
@@ -136,6 +141,10 @@ class FileDisk final : public BlockDriver {
   Task<Result<void>> write_zeroes(std::uint64_t offset, std::uint64_t length,
                                   ZeroFlags flags) override {
     if (length == 0) co_return Result<void>();
+    if (flags.fast && device_ && !flags.may_unmap) {
+      // The kernel would write them.
+      co_return fail(ENOTSUP, describe("write zeroes quickly to", offset, length));
+    }
     const int mode = flags.may_unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
     const std::int64_t result = co_await allocate(mode, offset, length);
     if (result == 0) {
@@ -145,7 +154,71 @@ class FileDisk final : public BlockDriver {
     if (result != -EOPNOTSUPP && result != -EINVAL) {
       co_return fail(static_cast<int>(-result), describe("write zeroes to", offset, length));
     }
+    if (flags.fast) co_return fail(ENOTSUP, describe("write zeroes quickly to", offset, length));
     co_return co_await write_zero_bytes(offset, length, flags.fua);
+  }
+
+  // A file system takes the calls or not, and only a try tells. A device often writes zeroes in the
+  // end, whatever it is asked.
+  bool can_zero_fast() const noexcept override { return !device_ && !read_only(); }
+
+  // Of a device nobody knows what was discarded, and what that reads as. A range of a file that has
+  // been allocated and not written counts as a hole: nothing is read for it.
+  Task<Result<std::vector<Extent>>> block_status(std::uint64_t offset, std::uint64_t length,
+                                                 std::size_t max_extents) override {
+    std::vector<Extent> extents;
+    if (device_) {
+      extents.push_back({.length = length, .hole = false, .zero = false});
+      co_return extents;
+    }
+    std::vector<FileExtent> found(std::min(max_extents, kExtentsAtOnce));
+    const std::int64_t count = co_await io_find_extents(fd_.get(), found, offset, length);
+    if (count == -EINVAL || count == -EOPNOTSUPP) {
+      extents.push_back({.length = length, .hole = false, .zero = false});
+      co_return extents;
+    }
+    if (count == -ENXIO) {
+      co_return fail(EIO,
+                     describe("find holes in", offset, length) + ": the file has been truncated");
+    }
+    if (count < 0) {
+      co_return fail(static_cast<int>(-count), describe("find holes in", offset, length));
+    }
+    found.resize(static_cast<std::size_t>(count));
+    extents.reserve(found.size());
+    for (const FileExtent& one : found) {
+      extents.push_back({.length = one.length, .hole = one.hole, .zero = one.hole});
+    }
+    co_return extents;
+  }
+
+  Task<Result<void>> cache(std::uint64_t offset, std::uint64_t length) override {
+    if (direct_) co_return Result<void>();
+    const std::int64_t result = co_await io_read_ahead(fd_.get(), offset, length);
+    // Advice: where there is no cache, nothing is wrong.
+    if (result < 0 && result != -EOPNOTSUPP && result != -EINVAL) {
+      co_return fail(static_cast<int>(-result), describe("cache", offset, length));
+    }
+    co_return Result<void>();
+  }
+
+  bool can_resize() const noexcept override { return !device_ && !read_only(); }
+
+  Task<Result<void>> resize(std::uint64_t new_size) override {
+    const std::string what = "resize " + name() + " to " + std::to_string(new_size);
+    if (device_) co_return fail(ENOTSUP, what + ": it is a device");
+    if (read_only()) co_return fail(ENOTSUP, what + ": it is read-only");
+    if (direct_ && !direct_->fits(new_size)) {
+      co_return fail(EINVAL, what + ": no multiple of " + std::to_string(direct_->offset) +
+                                 " bytes, as O_DIRECT wants it");
+    }
+    if (new_size > std::uint64_t{std::numeric_limits<std::int64_t>::max()}) {
+      co_return fail(EFBIG, what);
+    }
+    const std::int64_t result = co_await io_truncate(fd_.get(), new_size);
+    if (result < 0) co_return fail(static_cast<int>(-result), what);
+    set_size(new_size);
+    co_return Result<void>();
   }
 
  private:
@@ -321,6 +394,7 @@ class FileDisk final : public BlockDriver {
 
   const UniqueFd fd_;
   const std::optional<DirectAlignment> direct_;  // none: through the page cache
+  const bool device_;                            // no regular file
   RangeLock writes_;                             // with O_DIRECT: what writes under way touch
 
   std::mutex flush_mutex_;
@@ -329,14 +403,21 @@ class FileDisk final : public BlockDriver {
   int flush_error_ = 0;           // the leader's: an errno once durability was lost, never cleared
 };
 
-Result<std::uint64_t> size_of(int fd, const std::string& path) {
+struct Found {
+  std::uint64_t size = 0;
+  bool device = false;
+};
+
+Result<Found> look_at(int fd, const std::string& path) {
   struct stat info;
   if (::fstat(fd, &info) < 0) return fail(errno, path);
-  if (S_ISREG(info.st_mode)) return static_cast<std::uint64_t>(info.st_size);
+  if (S_ISREG(info.st_mode)) {
+    return Found{.size = static_cast<std::uint64_t>(info.st_size), .device = false};
+  }
   if (S_ISBLK(info.st_mode)) {
     std::uint64_t size = 0;
     if (::ioctl(fd, BLKGETSIZE64, &size) < 0) return fail(errno, path);
-    return size;
+    return Found{.size = size, .device = true};
   }
   if (S_ISDIR(info.st_mode)) return fail(EISDIR, path);
   return fail(EINVAL, path + ": neither a regular file nor a block device");
@@ -345,8 +426,10 @@ Result<std::uint64_t> size_of(int fd, const std::string& path) {
 }  // namespace
 
 std::unique_ptr<BlockDriver> make_file_disk(std::string name, std::uint64_t size, bool read_only,
-                                            UniqueFd fd, std::optional<DirectAlignment> direct) {
-  return std::make_unique<FileDisk>(std::move(name), size, read_only, std::move(fd), direct);
+                                            UniqueFd fd, std::optional<DirectAlignment> direct,
+                                            bool device) {
+  return std::make_unique<FileDisk>(std::move(name), size, read_only, std::move(fd), direct,
+                                    device);
 }
 
 Result<std::unique_ptr<BlockDriver>> open_file(const std::string& path, OpenOptions options) {
@@ -368,22 +451,22 @@ Result<std::unique_ptr<BlockDriver>> open_file(const std::string& path, OpenOpti
     return fail(EINVAL, path + ": its file system does not allow O_DIRECT");
   }
   if (!fd) return fail(errno, path);
-  const auto size = size_of(fd.get(), path);
-  if (!size) return std::unexpected(size.error());
+  const auto found = look_at(fd.get(), path);
+  if (!found) return std::unexpected(found.error());
   std::optional<DirectAlignment> direct;
   if (options.direct) {
     const auto alignment = direct_alignment(fd.get(), path);
     if (!alignment) return std::unexpected(alignment.error());
     direct = *alignment;
-    if (!direct->fits(*size) && !options.read_only) {
-      return fail(EINVAL, path + ": a size of " + std::to_string(*size) +
+    if (!direct->fits(found->size) && !options.read_only) {
+      return fail(EINVAL, path + ": a size of " + std::to_string(found->size) +
                               " bytes, which is no multiple of " + std::to_string(direct->offset) +
                               ", cannot be written with O_DIRECT");
     }
   }
   // Not wanted for I/O, only so that opening a pipe or a terminal by mistake does not hang.
   ::fcntl(fd.get(), F_SETFL, ::fcntl(fd.get(), F_GETFL) & ~O_NONBLOCK);
-  return make_file_disk(path, *size, options.read_only, std::move(fd), direct);
+  return make_file_disk(path, found->size, options.read_only, std::move(fd), direct, found->device);
 }
 
 }  // namespace roost

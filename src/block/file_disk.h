@@ -13,8 +13,10 @@
 
 namespace roost {
 
-/// `direct`: how requests have to be aligned, if `fd` was opened with O_DIRECT.
+/// `direct`: how requests have to be aligned, if `fd` was opened with O_DIRECT. `device`: no
+/// regular file, so it has neither holes nor another size.
 std::unique_ptr<BlockDriver> make_file_disk(std::string name, std::uint64_t size, bool read_only,
-                                            UniqueFd fd, std::optional<DirectAlignment> direct);
+                                            UniqueFd fd, std::optional<DirectAlignment> direct,
+                                            bool device = false);
 
 }  // namespace roost

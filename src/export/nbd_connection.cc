@@ -8,10 +8,14 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstddef>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
+#include "export/extents.h"
 #include "roost/aio/io.h"
+#include "roost/base/bytes.h"
 
 namespace roost {
 
@@ -32,6 +36,19 @@ constexpr std::int64_t kLingerNs = 5'000'000'000;
 constexpr std::int64_t kLingerStepNs = 2'000'000;
 constexpr int kLingerQuietSteps = 150;
 
+// Reads from here on are worth a question for zeroes that need not be sent, and how many extents to
+// ask for.
+constexpr std::uint64_t kSparseRead = 64 << 10;
+constexpr std::size_t kSparseReadExtents = 32;
+
+// What one BLOCK_STATUS may bring.
+constexpr std::size_t kMaxStatusExtents = 4096;
+constexpr std::size_t kMaxStatusBytes =
+    nbd::StatusEncoder::status_size(nbd::ReplyStyle::kExtended, kMaxStatusExtents);
+
+// How often a client looks whether the export it has chosen is still being resized.
+constexpr std::int64_t kEnterRetryNs = 1'000'000;
+
 Result<void> out_of_memory() { return fail(ENOMEM, "out of memory"); }  // short: needs none itself
 
 }  // namespace
@@ -44,38 +61,39 @@ struct NbdConnection::Chunk {
   std::span<std::byte> room() { return std::span(bytes).subspan(filled); }
 };
 
-// A reply as it goes out: header and payload in one piece of memory. The header ends on a cache
-// line, since copying to the payload is quicker where that starts on one.
+// A reply, or a chunk of one, as it goes out: header and payload in one piece of memory. The header
+// ends on a cache line, since copying to the payload is quicker where that starts on one.
 struct alignas(BufferCache::kAlignment) NbdConnection::Reply {
   Reply* next = nullptr;
-  std::size_t size;         // header and payload to send
-  std::size_t bytes_held;   // of the connection's limit
-  std::size_t memory_size;  // of all of it
-  std::byte unused[16];
-  std::byte header[nbd::kSimpleReplySize];
+  std::uint32_t size;         // header and payload to send
+  std::uint32_t bytes_held;   // of the connection's limit
+  std::uint32_t memory_size;  // of all of it
+  std::uint8_t header_size;   // at the end of `header`
+  bool last;                  // chunk of its request, which is answered then
+  std::byte unused[2];
+  std::byte header[nbd::kMaxDataHeader];
 
-  static Reply* make(BufferCache& cache, std::size_t payload, std::size_t held) {
+  static Reply* make(BufferCache& cache, std::size_t header_size, std::size_t payload,
+                     std::size_t held, bool last = true) {
     const std::size_t memory_size = sizeof(Reply) + payload;
     void* const memory = cache.take(memory_size);
     if (!memory) return nullptr;
     auto* const reply = ::new (memory) Reply;
-    reply->size = nbd::kSimpleReplySize + payload;
-    reply->bytes_held = held;
-    reply->memory_size = memory_size;
+    // A payload is at most kMaxPayload and a few bytes.
+    reply->size = static_cast<std::uint32_t>(header_size + payload);
+    reply->bytes_held = static_cast<std::uint32_t>(held);
+    reply->memory_size = static_cast<std::uint32_t>(memory_size);
+    reply->header_size = static_cast<std::uint8_t>(header_size);
+    reply->last = last;
     return reply;
   }
   static void free(BufferCache& cache, Reply* reply) noexcept {
     cache.give_back(reply, reply->memory_size);
   }
 
-  std::byte* bytes() noexcept { return header; }
+  std::byte* bytes() noexcept { return header + sizeof header - header_size; }
   std::span<std::byte> payload() noexcept {
-    return {reinterpret_cast<std::byte*>(this + 1), size - nbd::kSimpleReplySize};
-  }
-  void set_header(int error, std::uint64_t cookie) noexcept {
-    const std::uint32_t code = error ? nbd::to_nbd_error(error) : 0;
-    if (code) size = nbd::kSimpleReplySize;  // no data behind an error
-    nbd::encode_simple_reply(header, code, cookie);
+    return {reinterpret_cast<std::byte*>(this + 1), std::size_t{size} - header_size};
   }
 };
 
@@ -91,7 +109,9 @@ struct NbdConnection::WritePayload {
 NbdConnection::NbdConnection(NbdServer& server, UniqueFd socket)
     : server_(server), socket_(std::move(socket)), peer_(describe_peer(socket_.get())) {}
 
-NbdConnection::~NbdConnection() = default;
+NbdConnection::~NbdConnection() {
+  static_assert(offsetof(Reply, header) + nbd::kMaxDataHeader == sizeof(Reply));
+}
 
 void NbdConnection::stop() noexcept {
   stopping_.store(true, std::memory_order_relaxed);
@@ -134,18 +154,45 @@ Task<void> NbdConnection::run(std::shared_ptr<NbdConnection> self) {
   self->server_.connection_ended(*self);
 }
 
+// ---- The socket: all that is received and sent
+
+IoAwaiter NbdConnection::receive_some(std::span<std::byte> to, int flags) noexcept {
+  return io_recv(socket_.get(), to, flags);
+}
+
+IoAwaiter NbdConnection::send_some(const msghdr& message, int flags) noexcept {
+  return io_sendmsg(socket_.get(), message, flags);
+}
+
+Task<bool> NbdConnection::receive_all(std::span<std::byte> to) {
+  while (!to.empty()) {
+    const std::int64_t n = co_await receive_some(to, MSG_WAITALL);
+    if (n <= 0) co_return false;
+    to = to.subspan(static_cast<std::size_t>(n));
+  }
+  co_return true;
+}
+
 Task<bool> NbdConnection::send_all(std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     iovec piece{const_cast<std::byte*>(bytes.data()), bytes.size()};
     msghdr message{};
     message.msg_iov = &piece;
     message.msg_iovlen = 1;
-    const std::int64_t n = co_await io_sendmsg(socket_.get(), message);
+    const std::int64_t n = co_await send_some(message);
     if (n < 0) co_return false;
     bytes = bytes.subspan(static_cast<std::size_t>(n));
   }
   co_return true;
 }
+
+// The server's side of the handshake; from then on, what is received and sent is encrypted.
+Task<bool> NbdConnection::start_tls() {
+  give_up("TLS is not available");
+  co_return false;
+}
+
+// ---- The negotiation
 
 Task<bool> NbdConnection::negotiate() {
   using State = nbd::ServerNegotiation::State;
@@ -156,24 +203,35 @@ Task<bool> NbdConnection::negotiate() {
   });
   timeout.arm_after(server_.options_.limits.handshake_timeout_ns);
 
-  nbd::ServerNegotiation negotiation(server_.export_infos_);
+  nbd::ServerNegotiation negotiation([this] { return server_.visible_exports(); },
+                                     server_.options_.tls);
   chunk_ = std::make_shared_for_overwrite<Chunk>();
   std::span<const std::byte> input;
   bool lost = false;
   bool heard_of = false;
-  while (negotiation.state() == State::kNegotiating && !lost) {
+  while (!lost &&
+         (negotiation.state() == State::kNegotiating || negotiation.state() == State::kStartTls)) {
     input = input.subspan(negotiation.feed(input));
+    const State state = negotiation.state();
+    if (state == State::kTransmission || state == State::kFailed) break;
     if (!negotiation.output().empty()) {
       lost = !co_await send_all(negotiation.output());
       negotiation.drain_output(negotiation.output().size());
-    } else if (negotiation.state() == State::kNegotiating) {
-      const std::int64_t n = co_await io_recv(socket_.get(), chunk_->bytes);
+    } else if (state == State::kStartTls) {
+      lost = !co_await start_tls();
+      if (!lost) negotiation.tls_started();
+    } else if (state == State::kNegotiating) {
+      const std::int64_t n = co_await receive_some(chunk_->bytes);
       lost = n <= 0;
       if (!lost) {
         heard_of = true;
         input = std::span<const std::byte>(chunk_->bytes, static_cast<std::size_t>(n));
       }
     }
+  }
+  // Before the client is told that it has what it chose.
+  if (!lost && negotiation.state() == State::kTransmission) {
+    lost = !co_await enter_export(negotiation.selection().export_id, timed_out);
   }
   if (!lost && !negotiation.output().empty()) lost = !co_await send_all(negotiation.output());
   timeout.cancel();
@@ -188,21 +246,38 @@ Task<bool> NbdConnection::negotiate() {
   if (lost || negotiation.state() != State::kTransmission) co_return false;
 
   const nbd::ServerNegotiation::Selection& chosen = negotiation.selection();
-  const NbdServer::Export& exported = server_.exports_[chosen.export_index];
+  const NbdServer::Export& exported = place_.exported->config;
   disk_ = exported.disk;
   export_name_ = exported.name;
-  limits_.size = disk_->size();
-  limits_.transmission_flags = chosen.transmission_flags;
+  limits_ = {.size = chosen.size,
+             .former_size = chosen.size,
+             .transmission_flags = chosen.transmission_flags,
+             .min_block = chosen.min_block,
+             .max_payload = chosen.max_payload,
+             .reply_style = chosen.reply_style,
+             .base_allocation = chosen.base_allocation};
+  parser_ = nbd::RequestParser(chosen.reply_style, chosen.max_payload);
   unparsed_ = input;
   chunk_->filled = kChunkSize;  // until unparsed_ is used up
 
-  const std::size_t number = server_.choose_context(chosen.export_index);
-  AioContext& home = *server_.options_.io_contexts[number];
-  reply_memory_ = server_.reply_memory_[number].get();
-  place_ = Place{chosen.export_index, &home};
+  AioContext& home = *server_.options_.io_contexts[place_.context];
+  reply_memory_ = server_.reply_memory_[place_.context].get();
   co_await move_to(home);
   context_ = &home;
   co_return true;
+}
+
+Task<bool> NbdConnection::enter_export(std::uint64_t id, const bool& timed_out) {
+  for (;;) {
+    const NbdServer::Entry entry = server_.enter(*this, id, place_);
+    if (entry == NbdServer::Entry::kEntered) co_return true;
+    if (entry == NbdServer::Entry::kGone) {
+      give_up("the export it chose has gone");
+      co_return false;
+    }
+    if (timed_out || !receiving()) co_return false;
+    co_await sleep_for(kEnterRetryNs);
+  }
 }
 
 // ---- Places: what a client has in flight
@@ -301,7 +376,7 @@ Task<void> NbdConnection::read_requests() {
           chunk_->filled = 0;
         }
         const std::span<std::byte> room = chunk_->room();
-        const std::int64_t n = co_await io_recv(socket_.get(), room);
+        const std::int64_t n = co_await receive_some(room);
         if (n <= 0) {
           done = true;
           if (receiving() && (n < 0 || !parser_.at_boundary())) {
@@ -319,25 +394,61 @@ Task<void> NbdConnection::read_requests() {
     }
 
     if (request.command == nbd::Command::kDisc) break;
-    const int error = nbd::validate(request, limits_);
-    const std::size_t bytes =
-        request.command == nbd::Command::kRead && !error ? request.length : request.payload_size();
-    while (over_limits(bytes) && !dead_) {
+    std::string_view why;
+    const int error = judge(request, why);
+    // The payload may be no more than the parser lets pass, a read no more than is allowed.
+    std::size_t bytes = request.payload_size();
+    if (!error && request.command == nbd::Command::kRead) bytes = request.length;
+    if (!error && request.command == nbd::Command::kBlockStatus) bytes = kMaxStatusBytes;
+    // A resize wants nothing else under way.
+    const bool alone = !error && request.command == nbd::Command::kResize;
+    while ((over_limits(bytes) || (alone && requests_in_flight_ > 0)) && !dead_) {
       reader_waits_ = true;
       co_await yield();
     }
     take_place(bytes);
     if (error) {
       parser_.skip_payload();
-      reply_error(request, error, bytes);
-    } else if (request.command == nbd::Command::kRead) {
-      start(request, bytes, [&] { return run_read(request); });
-    } else if (request.command == nbd::Command::kWrite && request.length > 0) {
-      done = !co_await accept_write(input, request);
-    } else {
-      start(request, bytes, [&] { return run_other(request); });
+      reply_error(request, error, bytes, why);
+      continue;
+    }
+    switch (request.command) {
+      case nbd::Command::kRead:
+        if (request.length >= kSparseRead && style() != nbd::ReplyStyle::kSimple && !request.df()) {
+          start(request, bytes, [&] { return run_sparse_read(request); });
+        } else {
+          start(request, bytes, [&] { return run_read(request); });
+        }
+        break;
+      case nbd::Command::kWrite:
+        if (request.length > 0) {
+          done = !co_await accept_write(input, request);
+        } else {
+          start(request, bytes, [&] { return run_other(request); });
+        }
+        break;
+      case nbd::Command::kBlockStatus:
+        if (request.payload_size() > 0) {
+          done = !co_await accept_status_query(input, request);
+        } else {
+          start(request, bytes, [&] { return run_status(request, bytes); });
+        }
+        break;
+      case nbd::Command::kResize:
+        co_await run_resize(request);
+        break;
+      default:
+        start(request, bytes, [&] { return run_other(request); });
+        break;
     }
   }
+}
+
+// validate(), for a disk whose size may have changed since the last request.
+int NbdConnection::judge(const nbd::Request& request, std::string_view& why) noexcept {
+  limits_.size = disk_->size();
+  limits_.former_size = std::max(limits_.former_size, limits_.size);
+  return nbd::validate(request, limits_, &why);
 }
 
 // Runs what `make` makes in a coroutine of its own, or answers that there is no memory for it.
@@ -367,15 +478,10 @@ Task<bool> NbdConnection::accept_write(std::span<const std::byte>& input,
       reply_error(request, ENOMEM, request.length);
       co_return true;
     }
-    std::span<std::byte> missing(payload.rest.get(), payload.rest_size);
-    while (!missing.empty()) {
-      const std::int64_t n = co_await io_recv(socket_.get(), missing, MSG_WAITALL);
-      if (n <= 0) {
-        if (receiving()) give_up("vanished in the middle of a write");
-        give_place_back(request.length);  // there is nobody to answer
-        co_return false;
-      }
-      missing = missing.subspan(static_cast<std::size_t>(n));
+    if (!co_await receive_all({payload.rest.get(), payload.rest_size})) {
+      if (receiving()) give_up("vanished in the middle of a write");
+      give_place_back(request.length);  // there is nobody to answer
+      co_return false;
     }
     parser_.payload_received(static_cast<std::uint32_t>(payload.rest_size));
   }
@@ -383,10 +489,77 @@ Task<bool> NbdConnection::accept_write(std::span<const std::byte>& input,
   co_return true;
 }
 
+// The range's length is in the payload.
+Task<bool> NbdConnection::accept_status_query(std::span<const std::byte>& input,
+                                              const nbd::Request& request) {
+  std::array<std::byte, nbd::kStatusQuerySize> query;
+  const std::span<const std::byte> front = parser_.take_payload(input);
+  std::ranges::copy(front, query.begin());
+  const std::span<std::byte> rest = std::span(query).subspan(front.size());
+  if (!rest.empty()) {
+    if (!co_await receive_all(rest)) {
+      if (receiving()) give_up("vanished in the middle of a request");
+      give_place_back(kMaxStatusBytes);
+      co_return false;
+    }
+    parser_.payload_received(static_cast<std::uint32_t>(rest.size()));
+  }
+  const std::optional<nbd::Request> wanted =
+      nbd::parse_status_query(request, query, nbd::kBaseAllocationId);
+  std::string_view why = "a metadata context that was not negotiated";
+  const int error = wanted ? judge(*wanted, why) : EINVAL;
+  if (error) {
+    reply_error(request, error, kMaxStatusBytes, why);
+  } else {
+    start(request, kMaxStatusBytes, [&] { return run_status(*wanted, kMaxStatusBytes); });
+  }
+  co_return true;
+}
+
 // ---- Requests
 
+// Room for data from `offset` on, behind a header that is complete. Null: no memory.
+NbdConnection::Reply* NbdConnection::make_data_reply(const nbd::Request& request,
+                                                     std::uint64_t offset, std::uint64_t length,
+                                                     std::size_t bytes_held, bool last) noexcept {
+  if (style() == nbd::ReplyStyle::kSimple) {
+    Reply* const reply = Reply::make(*reply_memory_, nbd::kSimpleReplySize, length, bytes_held);
+    if (reply) {
+      nbd::encode_simple_reply(
+          std::span<std::byte, nbd::kSimpleReplySize>(reply->bytes(), nbd::kSimpleReplySize), 0,
+          request.cookie);
+    }
+    return reply;
+  }
+  const std::size_t header_size = nbd::chunk_header_size(style());
+  Reply* const reply = Reply::make(*reply_memory_, header_size + 8, length, bytes_held, last);
+  if (reply) {
+    nbd::encode_chunk_header(reply->bytes(), style(), request, last ? nbd::kReplyDone : 0,
+                             nbd::ChunkType::kOffsetData, static_cast<std::uint32_t>(length + 8));
+    store_be(reply->bytes() + header_size, offset);
+  }
+  return reply;
+}
+
+// A chunk whose payload is still to be filled in. Null: no memory.
+NbdConnection::Reply* NbdConnection::make_chunk(const nbd::Request& request, nbd::ChunkType type,
+                                                std::size_t payload, std::size_t bytes_held,
+                                                bool last) noexcept {
+  Reply* const reply =
+      Reply::make(*reply_memory_, nbd::chunk_header_size(style()), payload, bytes_held, last);
+  if (reply) {
+    nbd::encode_chunk_header(reply->bytes(), style(), request, last ? nbd::kReplyDone : 0, type,
+                             static_cast<std::uint32_t>(payload));
+  }
+  return reply;
+}
+
 Task<void> NbdConnection::run_read(nbd::Request request) {
-  Reply* reply = Reply::make(*reply_memory_, request.length, request.length);
+  if (request.length == 0 && style() != nbd::ReplyStyle::kSimple) {
+    reply_error(request, 0, 0);  // a chunk of no data is not allowed
+    co_return;
+  }
+  Reply* reply = make_data_reply(request, request.offset, request.length, request.length, true);
   if (!reply) {
     reply_error(request, ENOMEM, request.length);
     co_return;
@@ -402,8 +575,99 @@ Task<void> NbdConnection::run_read(nbd::Request request) {
     reply_result(request, result, request.length);
     co_return;
   }
-  reply->set_header(0, request.cookie);
   queue(reply);
+}
+
+// Zeroes go as a few bytes that say so, data as it is read. The last chunk gives the place back.
+Task<void> NbdConnection::run_sparse_read(nbd::Request request) {
+  std::vector<ReadPiece> pieces;
+  try {
+    const Result<std::vector<Extent>> extents =
+        co_await disk_->block_status(request.offset, request.length, kSparseReadExtents);
+    // Whatever is wrong, reading will show it.
+    if (extents) pieces = split_read(request.offset, request.length, *extents);
+  } catch (const std::bad_alloc&) {
+    pieces.clear();
+  }
+  if (pieces.empty() || (pieces.size() == 1 && !pieces[0].zero)) {
+    co_await run_read(request);
+    co_return;
+  }
+  for (const ReadPiece& piece : pieces) {
+    const bool last = &piece == &pieces.back();
+    const std::size_t held = last ? request.length : 0;
+    Reply* reply = piece.zero ? make_chunk(request, nbd::ChunkType::kOffsetHole,
+                                           nbd::kOffsetHoleSize, held, last)
+                              : make_data_reply(request, piece.offset, piece.length, held, last);
+    if (!reply) {
+      reply_error(request, ENOMEM, request.length);
+      co_return;
+    }
+    Result<void> result;
+    if (piece.zero) {
+      nbd::encode_offset_hole(reply->payload().first<nbd::kOffsetHoleSize>(), piece.offset,
+                              static_cast<std::uint32_t>(piece.length));
+    } else {
+      try {
+        result = co_await disk_->read(piece.offset, reply->payload());
+      } catch (const std::bad_alloc&) {
+        result = out_of_memory();
+      }
+    }
+    if (!result) {
+      Reply::free(*reply_memory_, reply);
+      reply_result(request, result, request.length, piece.offset);
+      co_return;
+    }
+    queue(reply);
+  }
+}
+
+Task<void> NbdConnection::run_status(nbd::Request request, std::size_t bytes_held) {
+  Result<std::vector<Extent>> extents;
+  const std::size_t most = request.req_one() ? 1 : kMaxStatusExtents;
+  try {
+    // A block may consist of several extents.
+    extents = co_await disk_->block_status(request.offset, request.length,
+                                           limits_.min_block > 1 ? kMaxStatusExtents : most);
+    if (extents && limits_.min_block > 1) *extents = align_extents(*extents, limits_.min_block);
+  } catch (const std::bad_alloc&) {
+    extents = fail(ENOMEM, "out of memory");
+  }
+  if (!extents) {
+    reply_result(request, std::unexpected(std::move(extents.error())), bytes_held);
+    co_return;
+  }
+  const std::size_t count = std::min(extents->size(), most);
+  Reply* const reply =
+      make_chunk(request, nbd::StatusEncoder::type(style()),
+                 nbd::StatusEncoder::status_size(style(), count), bytes_held, true);
+  if (!reply) {
+    reply_error(request, ENOMEM, bytes_held);
+    co_return;
+  }
+  nbd::StatusEncoder status(reply->payload().data(), style(), nbd::kBaseAllocationId,
+                            static_cast<std::uint32_t>(count));
+  for (const Extent& extent : std::span(*extents).first(count)) {
+    status.put(extent.length,
+               (extent.hole ? nbd::kStateHole : 0) | (extent.zero ? nbd::kStateZero : 0));
+  }
+  queue(reply);
+}
+
+// The reader runs it itself, so that nothing comes after it meanwhile.
+Task<void> NbdConnection::run_resize(nbd::Request request) {
+  Result<void> result = server_.begin_resize(*place_.exported, request.offset);
+  if (result) {
+    try {
+      result = co_await disk_->resize(request.offset);
+      if (result && request.fua()) result = co_await disk_->flush();
+    } catch (const std::bad_alloc&) {
+      result = out_of_memory();
+    }
+    server_.end_resize(*place_.exported);
+  }
+  reply_result(request, result, 0);
 }
 
 Task<void> NbdConnection::run_write(nbd::Request request, WritePayload payload) {
@@ -431,38 +695,76 @@ Task<void> NbdConnection::run_other(nbd::Request request) {
       result = co_await disk_->discard(request.offset, request.length);
       if (result && request.fua()) result = co_await disk_->flush();
     } else if (request.command == nbd::Command::kWriteZeroes) {
-      const ZeroFlags flags{.may_unmap = !request.no_hole(), .fua = request.fua()};
+      const ZeroFlags flags{
+          .may_unmap = !request.no_hole(), .fua = request.fua(), .fast = request.fast_zero()};
       result = co_await disk_->write_zeroes(request.offset, request.length, flags);
+    } else if (request.command == nbd::Command::kCache) {
+      result = co_await disk_->cache(request.offset, request.length);
     }
   } catch (const std::bad_alloc&) {
     result = out_of_memory();
   }
+  if (!result && result.error().code() == ENOTSUP && request.fast_zero()) {
+    // What it asked to know: nothing for the log.
+    reply_error(request, ENOTSUP, 0, "not faster than a write");
+    co_return;
+  }
   reply_result(request, result, request.payload_size());
 }
 
+// `where` a read went wrong, if a part of it may have been answered.
 void NbdConnection::reply_result(const nbd::Request& request, const Result<void>& result,
-                                 std::size_t bytes_held) {
-  if (!result && logged_errors_ < kMaxLoggedErrors) {
+                                 std::size_t bytes_held, std::optional<std::uint64_t> where) {
+  if (result) return reply_error(request, 0, bytes_held);
+  if (logged_errors_ < kMaxLoggedErrors) {
     ++logged_errors_;
     log([&] {
       return result.error().message() +
              (logged_errors_ == kMaxLoggedErrors ? " (the last one shown)" : "");
     });
   }
-  reply_error(request, result ? 0 : result.error().code(), bytes_held);
+  int error = result.error().code();
+  // The protocol keeps this word for zeroes that are not quick.
+  if (error == ENOTSUP && request.command != nbd::Command::kResize) error = EINVAL;
+  std::string message;
+  try {
+    if (style() != nbd::ReplyStyle::kSimple) message = result.error().message();
+  } catch (const std::bad_alloc&) {
+  }
+  reply_error(request, error, bytes_held, message, where);
 }
 
-void NbdConnection::reply_error(const nbd::Request& request, int error, std::size_t bytes_held) {
-  Reply* reply = Reply::make(*reply_memory_, 0, bytes_held);
+// The end of a request that brings no data: an error, or 0.
+void NbdConnection::reply_error(const nbd::Request& request, int error, std::size_t bytes_held,
+                                std::string_view message,
+                                std::optional<std::uint64_t> where) noexcept {
+  const std::uint32_t code = nbd::to_nbd_error(error);
+  Reply* reply = nullptr;
+  if (style() == nbd::ReplyStyle::kSimple ||
+      (code == 0 && style() == nbd::ReplyStyle::kStructured &&
+       request.command != nbd::Command::kRead)) {
+    reply = Reply::make(*reply_memory_, nbd::kSimpleReplySize, 0, bytes_held);
+    if (reply) {
+      nbd::encode_simple_reply(
+          std::span<std::byte, nbd::kSimpleReplySize>(reply->bytes(), nbd::kSimpleReplySize), code,
+          request.cookie);
+    }
+  } else if (code == 0) {
+    reply = make_chunk(request, nbd::ChunkType::kNone, 0, bytes_held, true);
+  } else {
+    message = nbd::fit_message(message);
+    reply = make_chunk(request, where ? nbd::ChunkType::kErrorOffset : nbd::ChunkType::kError,
+                       nbd::error_size(message, where.has_value()), bytes_held, true);
+    if (reply) nbd::encode_error(reply->payload().data(), code, message, where);
+  }
   if (!reply) {
-    // Not even sixteen bytes: the client cannot be told, so it has to go.
+    // Not even a few bytes: the client cannot be told, so it has to go.
     give_up("out of memory");
     give_place_back(bytes_held);
     wake_sender();
     wake_reader();
     return;
   }
-  reply->set_header(error, request.cookie);
   queue(reply);
 }
 
@@ -496,7 +798,7 @@ Task<void> NbdConnection::sender() {
       msghdr message{};
       message.msg_iov = unsent.data();
       message.msg_iovlen = unsent.size();
-      const std::int64_t n = co_await io_sendmsg(socket_.get(), message, MSG_WAITALL);
+      const std::int64_t n = co_await send_some(message, MSG_WAITALL);
       if (n < 0) {
         if (n != -EPIPE && n != -ECONNRESET) {
           give_up(Error(static_cast<int>(-n), "send").message());
@@ -520,7 +822,7 @@ Task<void> NbdConnection::sender() {
       Reply* const reply = first_reply_;
       first_reply_ = reply->next;
       if (!first_reply_) last_reply_ = nullptr;
-      give_place_back(reply->bytes_held);
+      if (reply->last) give_place_back(reply->bytes_held);
       Reply::free(*reply_memory_, reply);
     }
     wake_reader();

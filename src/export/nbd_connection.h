@@ -9,6 +9,9 @@
 //                 │   (waits while the client is over its limits)             │
 //                 └────────────────◀── a sent reply gives its place back ─────┘
 //
+// What there is to read and to write goes through receive_some(), receive_all(), send_some() and
+// send_all(); start_tls() is where a TLS session would come between them and the socket.
+//
 // Threads: the context the reader is on; stop() and disconnect() from any thread.
 // Lifetime: the server's set and the reader's frame each hold a shared_ptr; requests and the sender
 // have ended before the reader does.
@@ -21,6 +24,7 @@
 #include <string_view>
 
 #include "export/buffer_cache.h"
+#include "roost/aio/io.h"
 #include "roost/aio/timer.h"
 #include "roost/export/nbd_server.h"
 #include "roost/nbd/transmission.h"
@@ -41,44 +45,58 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   /// The socket is dead from now on.
   void disconnect() noexcept;
 
-  /// Where the client was put once it had chosen an export. On the connection's context.
-  struct Place {
-    std::size_t export_index;
-    AioContext* context;
-  };
-  const std::optional<Place>& place() const noexcept { return place_; }
+  /// Who it is, for messages.
+  const std::string& peer() const noexcept { return peer_; }
 
  private:
   struct Chunk;
   struct Reply;
   struct WritePayload;
 
-  Task<bool> negotiate();
+  IoAwaiter receive_some(std::span<std::byte> to, int flags = 0) noexcept;
+  Task<bool> receive_all(std::span<std::byte> to);
+  IoAwaiter send_some(const msghdr& message, int flags = 0) noexcept;
   Task<bool> send_all(std::span<const std::byte> bytes);
+  Task<bool> start_tls();
+
+  Task<bool> negotiate();
+  Task<bool> enter_export(std::uint64_t id, const bool& timed_out);
   Task<void> transmit();
   Task<void> read_requests();
   Task<void> see_replies_off();
   Task<bool> accept_write(std::span<const std::byte>& input, const nbd::Request& request);
+  Task<bool> accept_status_query(std::span<const std::byte>& input, const nbd::Request& request);
   Task<void> sender();
 
   Task<void> run_read(nbd::Request request);
+  Task<void> run_sparse_read(nbd::Request request);
   Task<void> run_write(nbd::Request request, WritePayload payload);
+  Task<void> run_status(nbd::Request request, std::size_t bytes_held);
   Task<void> run_other(nbd::Request request);
+  Task<void> run_resize(nbd::Request request);
 
   bool over_limits(std::size_t bytes) const noexcept;
   void take_place(std::size_t bytes) noexcept;
   void give_place_back(std::size_t bytes) noexcept;
   template <class Make>
   void start(const nbd::Request& request, std::size_t bytes_held, Make make);
-  void reply_error(const nbd::Request& request, int error, std::size_t bytes_held);
-  void reply_result(const nbd::Request& request, const Result<void>& result,
-                    std::size_t bytes_held);
+  int judge(const nbd::Request& request, std::string_view& why) noexcept;
+  Reply* make_data_reply(const nbd::Request& request, std::uint64_t offset, std::uint64_t length,
+                         std::size_t bytes_held, bool last) noexcept;
+  Reply* make_chunk(const nbd::Request& request, nbd::ChunkType type, std::size_t payload,
+                    std::size_t bytes_held, bool last) noexcept;
+  void reply_error(const nbd::Request& request, int error, std::size_t bytes_held,
+                   std::string_view message = {},
+                   std::optional<std::uint64_t> where = std::nullopt) noexcept;
+  void reply_result(const nbd::Request& request, const Result<void>& result, std::size_t bytes_held,
+                    std::optional<std::uint64_t> where = std::nullopt);
   void queue(Reply* reply) noexcept;
   void give_up(std::string_view why) noexcept;
   template <class Message>
   void log(Message message) noexcept;
   void wake_sender() noexcept;
   void wake_reader() noexcept;
+  nbd::ReplyStyle style() const noexcept { return limits_.reply_style; }
   bool receiving() const noexcept { return !stopping_.load(std::memory_order_relaxed); }
 
   NbdServer& server_;
@@ -89,11 +107,11 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
 
   // The connection's context.
   AioContext* context_ = nullptr;
-  std::optional<Place> place_;
+  NbdServer::Place place_;
   BufferCache* reply_memory_ = nullptr;  // of the context
   BlockDriver* disk_ = nullptr;
   std::string export_name_;
-  nbd::ExportLimits limits_;
+  nbd::ExportLimits limits_;  // its size as of the last request
   nbd::RequestParser parser_;
   std::shared_ptr<Chunk> chunk_;         // being received into; writes in flight share it
   std::span<const std::byte> unparsed_;  // received beyond the negotiation

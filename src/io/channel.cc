@@ -76,7 +76,8 @@ class Channel::Using {
 
 Channel::~Channel() {
   for (const Use& one : uses_) {
-    ROOST_CHECK(!one.busy, "channel {} is destroyed while coroutine '{}' uses it", name_, one.by);
+    ROOST_CHECK(!one.busy, "channel {} is destroyed while coroutine '{}' uses it", name_,
+                one.by->name());
   }
 }
 
@@ -91,20 +92,21 @@ std::unexpected<Error> Channel::cancelled(const char* what, const char* done) co
 // True: the operation may begin, here. False: it has to begin where the channel is attached.
 bool Channel::try_begin(Direction direction) {
   AioContext* const here = AioContext::current();
-  const Coroutine* const self = Coroutine::self();
+  Coroutine* const self = Coroutine::self();
   ROOST_CHECK(self, "channel {} is used outside of any coroutine", name_);
   const std::lock_guard lock(mutex_);
   Use& mine = use(direction);
   const Use& other = use(direction == Direction::kRead ? Direction::kWrite : Direction::kRead);
   ROOST_CHECK(!mine.busy, "coroutine '{}' is a second {} of channel {}: '{}' is at it",
-              self->name(), direction == Direction::kRead ? "reader" : "writer", name_, mine.by);
+              self->name(), direction == Direction::kRead ? "reader" : "writer", name_,
+              mine.by->name());
   AioContext* const attached = context_.load(std::memory_order_relaxed);
   if (attached != here) {
     if (attached && (other.busy || moving_)) return false;
     context_.store(here, std::memory_order_release);
   }
   mine.busy = true;
-  mine.by = self->name();
+  mine.by = self;
   return true;
 }
 
@@ -124,15 +126,21 @@ void Channel::redirect(AioContext& to) {
   interrupt(to);
 }
 
-Task<void> Channel::arrive(Direction direction) {
+Task<void> Channel::arrive() {
   co_await roost::move_to(*context());
+  has_arrived(*Coroutine::self());
+}
+
+void Channel::has_arrived(const Coroutine& co) {
   Coroutine* mover = nullptr;
   {
     const std::lock_guard lock(mutex_);
-    use(direction).in_transit = false;
-    const bool all = std::ranges::none_of(uses_, &Use::in_transit);
-    if (all) mover = std::exchange(mover_, nullptr);
+    for (Use& one : uses_) {
+      if (one.by == &co) one.in_transit = false;
+    }
+    if (std::ranges::none_of(uses_, &Use::in_transit)) mover = std::exchange(mover_, nullptr);
   }
+  if (upper_) upper_->has_arrived(co);
   if (mover) co_wake(*mover);
 }
 
@@ -216,8 +224,8 @@ Task<Result<std::size_t>> Channel::readv(std::span<const iovec> to, std::stop_to
   if (stop.stop_requested()) co_return cancelled("read from", "nothing was taken");
   if (total_size(to) == 0) co_return 0;
   if (!unread_.empty()) co_return take_unread(to);
-  Result<std::size_t> result = co_await do_readv(to, std::move(stop));
-  if (in_transit(Direction::kRead)) co_await arrive(Direction::kRead);
+  Result<std::size_t> result = co_await do_readv(to, false, std::move(stop));
+  if (in_transit(Direction::kRead)) co_await arrive();
   co_return result;
 }
 
@@ -236,8 +244,8 @@ Task<Result<void>> Channel::readv_full(std::span<const iovec> to, std::stop_toke
   std::size_t done = unread_.empty() ? 0 : take_unread(to);
   drop_front(rest, done);
   while (done < all) {
-    const Result<std::size_t> n = co_await do_readv(rest, stop);
-    if (in_transit(Direction::kRead)) co_await arrive(Direction::kRead);
+    const Result<std::size_t> n = co_await do_readv(rest, true, stop);
+    if (in_transit(Direction::kRead)) co_await arrive();
     if (!n && n.error().code() == ECANCELED && done > 0) put_back(to, done);
     if (!n) co_return std::unexpected(n.error());
     if (*n == 0) {
@@ -262,8 +270,8 @@ Task<Result<std::size_t>> Channel::writev(std::span<const iovec> from, std::stop
   while (!using_it.try_begin()) co_await roost::move_to(*context());
   if (stop.stop_requested()) co_return cancelled("write to", "nothing was sent");
   if (total_size(from) == 0) co_return 0;
-  Result<std::size_t> result = co_await do_writev(from, std::move(stop));
-  if (in_transit(Direction::kWrite)) co_await arrive(Direction::kWrite);
+  Result<std::size_t> result = co_await do_writev(from, false, std::move(stop));
+  if (in_transit(Direction::kWrite)) co_await arrive();
   co_return result;
 }
 
@@ -286,8 +294,8 @@ Task<Result<void>> Channel::writev_full(std::span<const iovec> from, std::stop_t
   std::span<iovec> rest = pieces.get();
   drop_front(rest, 0);
   while (done < all) {
-    const Result<std::size_t> n = co_await do_writev(rest, stop);
-    if (in_transit(Direction::kWrite)) co_await arrive(Direction::kWrite);
+    const Result<std::size_t> n = co_await do_writev(rest, true, stop);
+    if (in_transit(Direction::kWrite)) co_await arrive();
     if (!n) {
       co_return fail(n.error().code(),
                      fmt::format("{}, after {} of {} bytes", n.error().doing(), done, all));
@@ -301,12 +309,18 @@ Task<Result<void>> Channel::writev_full(std::span<const iovec> from, std::stop_t
 // ---- Ending
 
 Task<Result<void>> Channel::shutdown(StreamEnd end, std::stop_token stop) {
-  if (end != StreamEnd::kWrite) co_return co_await do_shutdown(end, std::move(stop));
+  if (end == StreamEnd::kBoth) {
+    abort();
+    co_return Result<void>();
+  }
+  if (end == StreamEnd::kRead) co_return co_await do_shutdown(end, std::move(stop));
   Using using_it(*this, Direction::kWrite);
   while (!using_it.try_begin()) co_await roost::move_to(*context());
   Result<void> result = co_await do_shutdown(end, std::move(stop));
-  if (in_transit(Direction::kWrite)) co_await arrive(Direction::kWrite);
+  if (in_transit(Direction::kWrite)) co_await arrive();
   co_return result;
 }
+
+Task<void> Channel::linger(std::int64_t, std::stop_token) { co_return; }
 
 }  // namespace roost

@@ -77,11 +77,17 @@ class MemoryChannel final : public Channel {
     end_writing();
   }
 
+  void abort() noexcept override {
+    end_reading();
+    end_writing();
+  }
+
  protected:
-  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, std::stop_token stop) override {
+  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, bool,
+                                     std::stop_token stop) override {
     std::size_t taken = 0;
     for (;;) {
-      if (in_transit(Direction::kRead)) co_await arrive(Direction::kRead);
+      if (in_transit(Direction::kRead)) co_await arrive();
       std::unique_lock lock(in_->mutex);
       taken = in_->read_ended ? 0 : in_->take(to);
       if (taken > 0 || in_->write_ended || in_->read_ended) break;
@@ -95,10 +101,11 @@ class MemoryChannel final : public Channel {
     co_return taken;
   }
 
-  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, std::stop_token stop) override {
+  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, bool,
+                                      std::stop_token stop) override {
     std::size_t put = 0;
     for (;;) {
-      if (in_transit(Direction::kWrite)) co_await arrive(Direction::kWrite);
+      if (in_transit(Direction::kWrite)) co_await arrive();
       std::unique_lock lock(out_->mutex);
       if (out_->write_ended || out_->read_ended) co_return failure("write to", EPIPE);
       put = out_->put(from);
@@ -114,8 +121,7 @@ class MemoryChannel final : public Channel {
   }
 
   Task<Result<void>> do_shutdown(StreamEnd end, std::stop_token) override {
-    if (end != StreamEnd::kWrite) end_reading();
-    if (end != StreamEnd::kRead) end_writing();
+    end == StreamEnd::kRead ? end_reading() : end_writing();
     co_return Result<void>();
   }
 

@@ -29,7 +29,7 @@ inline std::span<std::byte> room_of(std::string& text) {
 }
 
 class ChannelTest : public testing::Test {
- protected:
+ public:
   static std::shared_ptr<AioContext> make_context(std::string name) {
     AioContextOptions options;
     options.name = std::move(name);

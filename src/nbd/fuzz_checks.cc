@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <memory>
 #include <random>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -52,14 +54,20 @@ std::vector<ExportInfo> make_exports(unsigned which) {
     case 1:
       return {{.size = 1 << 30, .transmission_flags = kFlags}};
     case 2:
-      return {{.name = "a", .size = 4096, .transmission_flags = kFlags, .description = "first"},
-              {.name = "",
-               .size = ~std::uint64_t{0},
-               .transmission_flags = kFlags | kTransmissionReadOnly,
-               .min_block = 512,
-               .preferred_block = 65536,
-               .max_payload = 1 << 20},
-              {.name = "disk", .size = 0, .transmission_flags = kFlags, .min_block = 4096}};
+      return {
+          {.id = 5,
+           .name = "a",
+           .size = 4096,
+           .transmission_flags = kFlags | kTransmissionSendDf | kTransmissionBlockStatusPayload,
+           .description = "first"},
+          {.id = 6,
+           .name = "",
+           .size = ~std::uint64_t{0},
+           .transmission_flags = kFlags | kTransmissionReadOnly,
+           .min_block = 512,
+           .preferred_block = 65536,
+           .max_payload = 1 << 20},
+          {.id = 7, .name = "disk", .size = 0, .transmission_flags = kFlags, .min_block = 4096}};
     default: {
       // One listing of these is longer than the limit of the output.
       std::vector<ExportInfo> exports;
@@ -74,8 +82,11 @@ std::vector<ExportInfo> make_exports(unsigned which) {
   }
 }
 
-const std::vector<ExportInfo>& exports_for(unsigned which) {
-  static const std::array kSets{make_exports(0), make_exports(1), make_exports(2), make_exports(3)};
+using SharedSet = std::shared_ptr<const ExportSet>;
+
+const SharedSet& exports_for(unsigned which) {
+  const auto make = [](unsigned i) { return std::make_shared<const ExportSet>(make_exports(i)); };
+  static const std::array<SharedSet, 4> kSets{make(0), make(1), make(2), make(3)};
   return kSets[which % kSets.size()];
 }
 
@@ -87,9 +98,11 @@ struct NegotiationRun {
   std::string failure;
 };
 
-NegotiationRun negotiate(const std::vector<ExportInfo>& exports, Bytes stream, Cuts cuts) {
+constexpr const char* kBehindTls = "plain text behind STARTTLS";
+
+NegotiationRun negotiate(const SharedSet& exports, TlsPolicy tls, Bytes stream, Cuts cuts) {
   using State = ServerNegotiation::State;
-  ServerNegotiation negotiation(exports);
+  ServerNegotiation negotiation([&] { return exports; }, tls);
   NegotiationRun run;
   const auto drain = [&](std::size_t count) {
     const Bytes part = negotiation.output().first(count);
@@ -115,6 +128,16 @@ NegotiationRun negotiate(const std::vector<ExportInfo>& exports, Bytes stream, C
   }
   drain(negotiation.output().size());
   run.state = negotiation.state();
+  // Whether there was plain text behind STARTTLS in one piece with it is up to the cuts.
+  if (run.state == State::kFailed && negotiation.failure() == kBehindTls) {
+    run.state = State::kStartTls;
+    return run;
+  }
+  if (run.state == State::kStartTls) {
+    negotiation.tls_started();
+    ROOST_CHECK(negotiation.state() == State::kNegotiating, "TLS did not start");
+    return run;
+  }
   ROOST_CHECK(run.state == State::kNegotiating || negotiation.feed(stream) == 0,
               "input was taken after the end");
   if (run.state == State::kTransmission) run.selection = negotiation.selection();
@@ -130,8 +153,9 @@ NegotiationRun negotiate(const std::vector<ExportInfo>& exports, Bytes stream, C
 /// Reads the client's stream and the server's output side by side, the slow and plain way.
 class NegotiationReader {
  public:
-  NegotiationReader(const std::vector<ExportInfo>& exports, Bytes stream, const NegotiationRun& run)
-      : exports_(exports), stream_(stream), output_(run.output), run_(run) {}
+  NegotiationReader(const ExportSet& exports, TlsPolicy tls, Bytes stream,
+                    const NegotiationRun& run)
+      : exports_(exports.all()), tls_(tls), stream_(stream), output_(run.output), run_(run) {}
 
   void check() {
     expect(kInitMagic);
@@ -141,7 +165,7 @@ class NegotiationReader {
     ROOST_CHECK(end == run_.state, "ended in state {} instead of {}",
                 std::to_underlying(run_.state), std::to_underlying(end));
     ROOST_CHECK(output_.empty(), "{} bytes of output too many", output_.size());
-    if (end == State::kTransmission || end == State::kFinished) {
+    if (end == State::kTransmission || end == State::kFinished || end == State::kStartTls) {
       ROOST_CHECK(at_ == run_.consumed, "consumed {} bytes instead of {}", run_.consumed, at_);
     }
   }
@@ -162,19 +186,25 @@ class NegotiationReader {
       if (option_ != 1 && (flags & 1) == 0) return State::kFailed;
       if (option_ == 1) {
         if (length > kMaxString) return State::kFailed;
-      } else if ((option_ != 6 && option_ != 7) || length > ServerNegotiation::kMaxOptionData) {
+      } else if ((option_ != 6 && option_ != 7 && option_ != 9 && option_ != 10) ||
+                 length > ServerNegotiation::kMaxOptionData) {
         if (length > may_skip) return State::kFailed;
         may_skip -= length;
       }
       if (left() < length) return State::kNegotiating;
       const Bytes data = stream_.subspan(at_, length);
       at_ += length;
+      if (tls_ == TlsPolicy::kRequired && option_ != 2 && option_ != 5) {
+        if (option_ == 1) return State::kFailed;
+        expect_error(ReplyType::kErrTlsReqd);
+        continue;
+      }
       switch (option_) {
         case 1: {
           const ExportInfo* const info = find(data);
-          if (!info) return State::kFailed;
+          if (!info || style_ == ReplyStyle::kExtended) return State::kFailed;
           expect(info->size);
-          expect(info->transmission_flags);
+          expect(flags_for(*info));
           if ((flags & 2) == 0) {
             for (int i = 0; i < 124; ++i) expect(std::uint8_t{0});
           }
@@ -197,9 +227,36 @@ class NegotiationReader {
           }
           expect_reply(ReplyType::kAck, 0);
           break;
+        case 5:
+          if (tls_ == TlsPolicy::kUnsupported) {
+            expect_error(ReplyType::kErrUnsup);
+          } else if (tls_ == TlsPolicy::kForbidden) {
+            expect_error(ReplyType::kErrPolicy);
+          } else if (length > 0) {
+            expect_error(ReplyType::kErrInvalid);
+          } else {
+            expect_reply(ReplyType::kAck, 0);
+            return State::kStartTls;
+          }
+          break;
         case 6:
         case 7:
           if (read_info_or_go(data, flags)) return State::kTransmission;
+          break;
+        case 8:
+        case 11:
+          if (length > 0) {
+            expect_error(ReplyType::kErrInvalid);
+          } else if (option_ == 8 && style_ == ReplyStyle::kExtended) {
+            expect_error(ReplyType::kErrExtHeaderReqd);
+          } else {
+            expect_reply(ReplyType::kAck, 0);
+            style_ = option_ == 8 ? ReplyStyle::kStructured : ReplyStyle::kExtended;
+          }
+          break;
+        case 9:
+        case 10:
+          read_meta_context(data);
           break;
         default:
           expect_error(ReplyType::kErrUnsup);
@@ -238,7 +295,7 @@ class NegotiationReader {
     expect_reply(ReplyType::kInfo, 12);
     expect(std::uint16_t{0});
     expect(info->size);
-    expect(info->transmission_flags);
+    expect(flags_for(*info));
     if (asked_for(1)) {
       expect_reply(ReplyType::kInfo, 2 + info->name.size());
       expect(std::uint16_t{1});
@@ -263,6 +320,56 @@ class NegotiationReader {
     return true;
   }
 
+  void read_meta_context(Bytes data) {
+    if (option_ == 10) context_of_ = nullptr;
+    if (style_ == ReplyStyle::kSimple) return expect_error(ReplyType::kErrInvalid);
+    if (data.size() > ServerNegotiation::kMaxOptionData) {
+      return expect_error(ReplyType::kErrTooBig);
+    }
+    // All strings first: the name, then the queries.
+    std::vector<std::string> strings;
+    std::size_t at = 0;
+    std::uint64_t wanted = 1;
+    bool too_big = false;
+    while (strings.size() < wanted) {
+      if (data.size() - at < 4) return expect_error(ReplyType::kErrInvalid);
+      const std::size_t size = load_be<std::uint32_t>(&data[at]);
+      at += 4;
+      if (data.size() - at < size) return expect_error(ReplyType::kErrInvalid);
+      strings.emplace_back(reinterpret_cast<const char*>(data.data() + at), size);
+      at += size;
+      too_big = too_big || size > kMaxString;
+      if (strings.size() == 1) {
+        if (data.size() - at < 4) return expect_error(ReplyType::kErrInvalid);
+        wanted += load_be<std::uint32_t>(&data[at]);
+        at += 4;
+      }
+    }
+    if (at != data.size()) return expect_error(ReplyType::kErrInvalid);
+    if (too_big) return expect_error(ReplyType::kErrTooBig);
+    bool found = option_ == 9 && wanted == 1;
+    for (std::size_t i = 1; i < strings.size(); ++i) {
+      if (strings[i].find(':') == std::string::npos) return expect_error(ReplyType::kErrInvalid);
+      found = found || strings[i] == "base:allocation" || (option_ == 9 && strings[i] == "base:");
+    }
+    const ExportInfo* const info = find(std::as_bytes(std::span(strings[0])));
+    if (!info) return expect_error(ReplyType::kErrUnknown);
+    if (found) {
+      expect_reply(ReplyType::kMetaContext, 19);
+      expect(std::uint32_t{option_ == 9 ? 0u : kBaseAllocationId});
+      expect(std::string("base:allocation"));
+    }
+    expect_reply(ReplyType::kAck, 0);
+    if (option_ == 10 && found) context_of_ = info;
+  }
+
+  std::uint16_t flags_for(const ExportInfo& info) const {
+    unsigned flags = info.transmission_flags;
+    if (style_ == ReplyStyle::kSimple) flags &= ~(1u << 7);
+    if (style_ != ReplyStyle::kExtended || context_of_ != &info) flags &= ~(1u << 12);
+    return static_cast<std::uint16_t>(flags);
+  }
+
   const ExportInfo* find(Bytes name) const {
     for (const ExportInfo& info : exports_) {
       if (std::ranges::equal(name, std::as_bytes(std::span(info.name)))) return &info;
@@ -273,8 +380,10 @@ class NegotiationReader {
   void check_selection(const ExportInfo& info, std::uint32_t flags, bool block_size_requested) {
     ROOST_CHECK(run_.state == State::kTransmission, "no transmission after all");
     const auto& got = run_.selection;
-    ROOST_CHECK(got.export_index < exports_.size() && &exports_[got.export_index] == &info &&
-                    got.transmission_flags == info.transmission_flags &&
+    ROOST_CHECK(got.export_id == info.id && got.size == info.size &&
+                    got.transmission_flags == flags_for(info) && got.reply_style == style_ &&
+                    got.base_allocation == (context_of_ == &info) &&
+                    got.min_block == info.min_block && got.max_payload == info.max_payload &&
                     got.no_zeroes == ((flags & 2) != 0) &&
                     got.block_size_requested == block_size_requested,
                 "something else was selected");
@@ -326,7 +435,10 @@ class NegotiationReader {
     output_ = output_.subspan(length);
   }
 
-  const std::vector<ExportInfo>& exports_;
+  const std::span<const ExportInfo> exports_;
+  const TlsPolicy tls_;
+  ReplyStyle style_ = ReplyStyle::kSimple;
+  const ExportInfo* context_of_ = nullptr;
   const Bytes stream_;
   std::size_t at_ = 0;
   std::uint32_t option_ = 0;
@@ -350,8 +462,8 @@ struct TransmissionRun {
 };
 
 /// Runs the parser over the stream; payloads are taken from it, received past it or skipped.
-TransmissionRun parse_all(Bytes stream, Cuts cuts) {
-  RequestParser parser;
+TransmissionRun parse_all(const ExportLimits& limits, Bytes stream, Cuts cuts) {
+  RequestParser parser(limits.reply_style, limits.max_payload);
   TransmissionRun run;
   std::size_t fed = 0;
   Bytes input;
@@ -408,21 +520,28 @@ TransmissionRun parse_all(Bytes stream, Cuts cuts) {
   return run;
 }
 
-TransmissionRun read_plainly(Bytes stream) {
+TransmissionRun read_plainly(const ExportLimits& limits, Bytes stream) {
   TransmissionRun run{.at_boundary = true};
+  const bool extended = limits.reply_style == ReplyStyle::kExtended;
+  const std::size_t header_size = extended ? 32 : 28;
   std::size_t at = 0;
   while (at < stream.size()) {
     run.at_boundary = false;
-    if (stream.size() - at < 28) break;
+    if (stream.size() - at < header_size) break;
     const std::byte* const header = &stream[at];
-    at += 28;
+    at += header_size;
     Request request{.flags = load_be<std::uint16_t>(header + 4),
                     .command = Command{load_be<std::uint16_t>(header + 6)},
+                    .extended = extended,
                     .cookie = load_be<std::uint64_t>(header + 8),
                     .offset = load_be<std::uint64_t>(header + 16),
-                    .length = load_be<std::uint32_t>(header + 24)};
-    const std::uint32_t payload = request.command == Command::kWrite ? request.length : 0;
-    if (load_be<std::uint32_t>(header) != kRequestMagic || payload > 32u << 20) {
+                    .length = extended ? load_be<std::uint64_t>(header + 24)
+                                       : load_be<std::uint32_t>(header + 24)};
+    const bool carries =
+        extended ? (request.flags & 0x20) != 0 : request.command == Command::kWrite;
+    const std::uint64_t payload = carries ? request.length : 0;
+    if (load_be<std::uint32_t>(header) != (extended ? kExtendedRequestMagic : kRequestMagic) ||
+        payload > (extended ? limits.max_payload : 32u << 20)) {
       run.failed = true;
       run.at_boundary = true;
       break;
@@ -435,68 +554,144 @@ TransmissionRun read_plainly(Bytes stream) {
   return run;
 }
 
+constexpr std::uint16_t kKnownFlags = kCommandFua | kCommandNoHole | kCommandDf | kCommandReqOne |
+                                      kCommandFastZero | kCommandPayloadLen;
+
 ExportLimits limits_for(unsigned which) {
   constexpr std::array<std::uint64_t, 4> kSizes{0, 4096, 1 << 30, ~std::uint64_t{0}};
   constexpr std::uint16_t kAll = kTransmissionHasFlags | kTransmissionSendFlush |
                                  kTransmissionSendFua | kTransmissionSendTrim |
                                  kTransmissionSendWriteZeroes;
+  constexpr std::uint16_t kChunked = kAll | kTransmissionSendDf | kTransmissionSendCache |
+                                     kTransmissionSendFastZero | kTransmissionSendResize;
+  constexpr std::array kStyles{ReplyStyle::kSimple, ReplyStyle::kStructured, ReplyStyle::kExtended,
+                               ReplyStyle::kExtended};
+  const ReplyStyle style = kStyles[which >> 6];
+  unsigned flags = style == ReplyStyle::kSimple ? kAll : kChunked;
+  if (which >> 6 == 3) flags |= kTransmissionBlockStatusPayload;
+  if (which & 4) flags = kTransmissionHasFlags;
+  if (which & 8) flags |= kTransmissionReadOnly;
   return {.size = kSizes[which % 4],
-          .transmission_flags = static_cast<std::uint16_t>(
-              (which & 4 ? kTransmissionHasFlags : kAll) | (which & 8 ? kTransmissionReadOnly : 0)),
+          .former_size = which % 4 == 1 ? 8192u : 0u,
+          .transmission_flags = static_cast<std::uint16_t>(flags),
           .min_block = which & 16 ? 512u : 1u,
-          .max_payload = which & 32 ? 1u << 20 : kMaxPayload};
+          .max_payload = which & 32 ? 1u << 20 : kMaxPayload,
+          .reply_style = style,
+          .base_allocation = style != ReplyStyle::kSimple && (which & 4) == 0};
+}
+
+/// Every message that may answer the request, as far as its sizes and first fields go.
+void check_replies(const Request& request, ReplyStyle style, std::uint32_t error,
+                   std::string_view why) {
+  std::array<std::byte, kSimpleReplySize> reply;
+  encode_simple_reply(reply, error, request.cookie);
+  ROOST_CHECK(load_be<std::uint32_t>(&reply[0]) == 0x67446698 &&
+                  load_be<std::uint32_t>(&reply[4]) == error &&
+                  load_be<std::uint64_t>(&reply[8]) == request.cookie,
+              "a garbled reply");
+  if (style == ReplyStyle::kSimple) return;
+
+  const bool extended = style == ReplyStyle::kExtended;
+  std::array<std::byte, 32 + 1> header{};
+  header.back() = std::byte{0x77};
+  const std::size_t size = chunk_header_size(style);
+  encode_chunk_header(header.data(), style, request, kReplyDone, ChunkType::kError, 1234567);
+  ROOST_CHECK(size == (extended ? 32 : 20) && header.back() == std::byte{0x77}, "a long header");
+  ROOST_CHECK(load_be<std::uint64_t>(&header[8]) == request.cookie &&
+                  load_be<std::uint32_t>(&header[size - 4]) == 1234567,
+              "a garbled chunk");
+  if (extended) {
+    ROOST_CHECK(load_be<std::uint64_t>(&header[16]) == request.offset, "not the request's offset");
+  }
+  if (error == 0) return;
+  ROOST_CHECK(!why.empty() && why.size() <= kMaxString, "an error without a reason");
+  std::vector<std::byte> payload(error_size(why, true));
+  encode_error(payload.data(), error, why, request.offset);
+  ROOST_CHECK(load_be<std::uint32_t>(&payload[0]) == error &&
+                  load_be<std::uint16_t>(&payload[4]) == why.size() &&
+                  load_be<std::uint64_t>(&payload[payload.size() - 8]) == request.offset,
+              "a garbled error");
 }
 
 void check_verdict(const Request& request, const ExportLimits& limits) {
-  const int error = validate(request, limits);
+  std::string_view why;
+  const int error = validate(request, limits, &why);
   const bool writes = request.command == Command::kWrite || request.command == Command::kTrim ||
-                      request.command == Command::kWriteZeroes;
+                      request.command == Command::kWriteZeroes ||
+                      request.command == Command::kResize;
   std::uint64_t end = 0;
-  const bool beyond = __builtin_add_overflow(request.offset, std::uint64_t{request.length}, &end) ||
-                      end > limits.size;
-  ROOST_CHECK(error == 0 || error == EINVAL || error == EPERM || error == ENOSPC,
-              "the verdict {} is none of the protocol's", error);
+  const bool beyond =
+      __builtin_add_overflow(request.offset, request.length, &end) || end > limits.size;
+  ROOST_CHECK(
+      error == 0 || error == EINVAL || error == EPERM || error == ENOSPC || error == EOVERFLOW,
+      "the verdict {} is none of the protocol's", error);
   ROOST_CHECK(to_nbd_error(error) == static_cast<std::uint32_t>(error), "the verdict is lost");
   if (error == EPERM) {
     ROOST_CHECK(writes && (limits.transmission_flags & kTransmissionReadOnly), "EPERM for nothing");
   }
   if (error == ENOSPC) {
-    ROOST_CHECK(
-        beyond && (request.command == Command::kWrite || request.command == Command::kWriteZeroes),
-        "ENOSPC for nothing");
+    const bool cut_off = limits.former_size > limits.size && end <= limits.former_size;
+    ROOST_CHECK((beyond && (request.command == Command::kWrite ||
+                            request.command == Command::kWriteZeroes || cut_off)) ||
+                    (request.command == Command::kResize && request.offset >> 63),
+                "ENOSPC for nothing");
+  }
+  if (error == EOVERFLOW) {
+    ROOST_CHECK(request.command == Command::kRead && limits.reply_style != ReplyStyle::kSimple &&
+                    request.length > limits.max_payload,
+                "EOVERFLOW for nothing");
   }
   if (error == 0 && request.command != Command::kDisc) {
-    ROOST_CHECK(request.command == Command::kFlush || !beyond, "a request beyond the end");
+    const bool ranged = request.command != Command::kFlush && request.command != Command::kResize &&
+                        !(request.command == Command::kBlockStatus && request.payload_len());
+    ROOST_CHECK(!ranged || !beyond, "a request beyond the end");
     ROOST_CHECK(!writes || !(limits.transmission_flags & kTransmissionReadOnly),
                 "a write to a read-only export");
-    ROOST_CHECK((request.flags & ~(kCommandFua | kCommandNoHole)) == 0, "flags {:#x}",
-                request.flags);
+    ROOST_CHECK((request.flags & ~kKnownFlags) == 0, "flags {:#x}", request.flags);
+    ROOST_CHECK(request.payload_size() == 0 || request.command == Command::kWrite ||
+                    (request.command == Command::kBlockStatus && request.payload_size() == 12),
+                "a payload of {} bytes", request.payload_size());
     ROOST_CHECK((request.command != Command::kRead && request.command != Command::kWrite) ||
                     request.length <= limits.max_payload,
                 "a payload of {} bytes", request.length);
+    ROOST_CHECK(request.command != Command::kBlockStatus || limits.base_allocation,
+                "a status without a context");
   }
+  check_replies(request, limits.reply_style, to_nbd_error(error), why);
+}
 
-  std::array<std::byte, kSimpleReplySize> reply;
-  encode_simple_reply(reply, to_nbd_error(error), request.cookie);
-  ROOST_CHECK(load_be<std::uint32_t>(&reply[0]) == 0x67446698 &&
-                  load_be<std::uint32_t>(&reply[4]) == static_cast<std::uint32_t>(error) &&
-                  load_be<std::uint64_t>(&reply[8]) == request.cookie,
-              "a garbled reply");
+/// The query behind a BLOCK_STATUS is a request again.
+void check_query(const FoundRequest& found, Bytes stream, const ExportLimits& limits) {
+  if (validate(found.request, limits) != 0 || found.request.command != Command::kBlockStatus ||
+      found.request.payload_size() == 0 || stream.size() - found.payload_at < kStatusQuerySize) {
+    return;
+  }
+  const auto payload = stream.subspan(found.payload_at).first<kStatusQuerySize>();
+  const auto query = parse_status_query(found.request, payload, kBaseAllocationId);
+  ROOST_CHECK(query.has_value() == (load_be<std::uint32_t>(&payload[8]) == kBaseAllocationId),
+              "the wrong context");
+  if (!query) return;
+  ROOST_CHECK(query->payload_size() == 0 && query->length == load_be<std::uint64_t>(&payload[0]) &&
+                  query->offset == found.request.offset,
+              "a garbled query");
+  check_verdict(*query, limits);
 }
 
 }  // namespace
 
 void check_negotiation(Bytes input) {
   if (input.size() < kSetupSize) return;
-  const std::vector<ExportInfo>& exports = exports_for(std::to_integer<unsigned>(input[0]));
+  const auto setup = std::to_integer<unsigned>(input[0]);
+  const SharedSet& exports = exports_for(setup);
+  const auto tls = TlsPolicy{static_cast<std::uint8_t>(setup >> 2 & 3)};
   const Bytes stream = input.subspan(kSetupSize);
-  const NegotiationRun whole = negotiate(exports, stream, Cuts());
-  NegotiationReader(exports, stream, whole).check();
-  const NegotiationRun cut = negotiate(exports, stream, Cuts(load_be<std::uint32_t>(&input[1])));
+  const NegotiationRun whole = negotiate(exports, tls, stream, Cuts());
+  NegotiationReader(*exports, tls, stream, whole).check();
+  const NegotiationRun cut =
+      negotiate(exports, tls, stream, Cuts(load_be<std::uint32_t>(&input[1])));
   ROOST_CHECK(cut.output == whole.output && cut.consumed == whole.consumed &&
                   cut.state == whole.state && cut.failure == whole.failure &&
-                  cut.selection.export_index == whole.selection.export_index &&
-                  cut.selection.block_size_requested == whole.selection.block_size_requested,
+                  cut.selection == whole.selection,
               "cutting the stream changed the negotiation");
 }
 
@@ -504,15 +699,18 @@ void check_transmission(Bytes input) {
   if (input.size() < kSetupSize) return;
   const ExportLimits limits = limits_for(std::to_integer<unsigned>(input[0]));
   const Bytes stream = input.subspan(kSetupSize);
-  const TransmissionRun plain = read_plainly(stream);
+  const TransmissionRun plain = read_plainly(limits, stream);
   for (const Cuts& cuts : {Cuts(), Cuts(load_be<std::uint32_t>(&input[1]))}) {
-    const TransmissionRun run = parse_all(stream, cuts);
+    const TransmissionRun run = parse_all(limits, stream, cuts);
     ROOST_CHECK(run.requests == plain.requests, "{} requests instead of {}, or other ones",
                 run.requests.size(), plain.requests.size());
     ROOST_CHECK(run.failed == plain.failed, "the parser differs about the end of the stream");
     ROOST_CHECK(run.at_boundary == plain.at_boundary, "at_boundary() is wrong");
   }
-  for (const FoundRequest& found : plain.requests) check_verdict(found.request, limits);
+  for (const FoundRequest& found : plain.requests) {
+    check_verdict(found.request, limits);
+    check_query(found, stream, limits);
+  }
 }
 
 }  // namespace roost::nbd

@@ -15,6 +15,7 @@ namespace roost::nbd {
 namespace {
 
 constexpr std::size_t kGoFixedSize = 6;  // length of the name, number of information requests
+constexpr std::string_view kBaseNamespace = "base:";
 
 /// A peer's string for a log line or an error message: quoted, printable, of bounded length.
 std::string quoted(std::string_view text) {
@@ -94,9 +95,9 @@ Result<void> check_export(const ExportInfo& info) {
   if (!(info.transmission_flags & kTransmissionHasFlags)) {
     return refuse("the transmission flags lack HAS_FLAGS");
   }
-  // The flag promises something about structured replies, which are never negotiated here.
-  if (info.transmission_flags & kTransmissionSendDf) {
-    return refuse("SEND_DF needs structured replies");
+  if ((info.transmission_flags & kTransmissionSendResize) &&
+      (info.transmission_flags & kTransmissionReadOnly)) {
+    return refuse("SEND_RESIZE contradicts READ_ONLY");
   }
   if ((info.transmission_flags & kTransmissionSendFastZero) &&
       !(info.transmission_flags & kTransmissionSendWriteZeroes)) {
@@ -105,11 +106,20 @@ Result<void> check_export(const ExportInfo& info) {
   return {};
 }
 
-ServerNegotiation::ServerNegotiation(std::span<const ExportInfo> exports) : exports_(exports) {
+ExportSet::ExportSet(std::vector<ExportInfo> exports) : exports_(std::move(exports)) {
   for (const ExportInfo& info : exports_) {
     const Result<void> checked = check_export(info);
     ROOST_CHECK(checked, "{}", checked.error().doing());
   }
+}
+
+const ExportInfo* ExportSet::find(std::string_view name) const noexcept {
+  const auto found = std::ranges::find(exports_, name, &ExportInfo::name);
+  return found == exports_.end() ? nullptr : &*found;
+}
+
+ServerNegotiation::ServerNegotiation(Exports exports, TlsPolicy tls)
+    : current_exports_(std::move(exports)), tls_(tls) {
   put(kInitMagic);
   put(kOptionMagic);
   put<std::uint16_t>(kHandshakeFixedNewstyle | kHandshakeNoZeroes);
@@ -137,7 +147,19 @@ std::size_t ServerNegotiation::feed(std::span<const std::byte> input) {
     taken += count;
     if (buffer_.size() == wanted_) on_input_complete();
   }
+  if (state_ == State::kStartTls && taken < input.size()) {
+    fail_with("plain text behind STARTTLS");
+  }
   return taken;
+}
+
+void ServerNegotiation::tls_started() {
+  ROOST_CHECK(state_ == State::kStartTls, "TLS was not asked for");
+  ROOST_CHECK(output().empty(), "{} bytes were to be sent before TLS", output().size());
+  encrypted_ = true;
+  reply_style_ = ReplyStyle::kSimple;
+  context_set_ = false;
+  state_ = State::kNegotiating;
 }
 
 void ServerNegotiation::drain_output(std::size_t count) {
@@ -220,6 +242,8 @@ void ServerNegotiation::on_option_header() {
       break;
     case Option::kInfo:
     case Option::kGo:
+    case Option::kListMetaContext:
+    case Option::kSetMetaContext:
       collect = option_length_ <= kMaxOptionData;
       break;
     default:
@@ -242,6 +266,16 @@ void ServerNegotiation::skip(std::uint32_t size) {
 }
 
 void ServerNegotiation::on_option_complete() {
+  const bool tls_lacks = tls_ == TlsPolicy::kRequired && !encrypted_;
+  if (tls_lacks && option_ == Option::kExportName) {
+    return fail_with("EXPORT_NAME without TLS");  // there is no reply that could say so
+  }
+  exports_ = current_exports_();
+  if (tls_lacks && option_ != Option::kStartTls && option_ != Option::kAbort) {
+    put_error(ReplyType::kErrTlsReqd, "TLS is required");
+    expect(Step::kOptionHeader, kOptionHeaderSize);
+    return;
+  }
   switch (option_) {
     case Option::kExportName:
       on_export_name();
@@ -258,12 +292,33 @@ void ServerNegotiation::on_option_complete() {
         list_next_ = 0;
       }
       break;
+    case Option::kStartTls:
+      on_start_tls();
+      break;
     case Option::kInfo:
     case Option::kGo:
       if (option_skipped_) {
         put_error(ReplyType::kErrTooBig, "the option's data is too long");
       } else {
         on_info_or_go();
+      }
+      break;
+    case Option::kStructuredReply:
+      on_reply_style(ReplyStyle::kStructured);
+      break;
+    case Option::kExtendedHeaders:
+      on_reply_style(ReplyStyle::kExtended);
+      break;
+    case Option::kListMetaContext:
+    case Option::kSetMetaContext:
+      if (option_ == Option::kSetMetaContext) context_set_ = false;  // even where it fails
+      if (reply_style_ == ReplyStyle::kSimple) {
+        put_error(ReplyType::kErrInvalid,
+                  "metadata needs structured replies or extended headers first");
+      } else if (option_skipped_) {
+        put_error(ReplyType::kErrTooBig, "the option's data is too long");
+      } else {
+        on_meta_context();
       }
       break;
     default:
@@ -273,12 +328,39 @@ void ServerNegotiation::on_option_complete() {
   expect(Step::kOptionHeader, kOptionHeaderSize);
 }
 
+void ServerNegotiation::on_start_tls() {
+  if (tls_ == TlsPolicy::kUnsupported) {
+    return put_error(ReplyType::kErrUnsup, "option STARTTLS is not supported");
+  }
+  if (tls_ == TlsPolicy::kForbidden) {
+    return put_error(ReplyType::kErrPolicy, "this server does not do TLS");
+  }
+  if (encrypted_) return put_error(ReplyType::kErrInvalid, "TLS has been started already");
+  if (option_length_ > 0) return put_error(ReplyType::kErrInvalid, "STARTTLS takes no data");
+  put_reply_header(ReplyType::kAck, 0);
+  state_ = State::kStartTls;
+}
+
+void ServerNegotiation::on_reply_style(ReplyStyle style) {
+  if (option_length_ > 0) {
+    return put_error(ReplyType::kErrInvalid, fmt::format("{} takes no data", name_of(option_)));
+  }
+  if (style == ReplyStyle::kStructured && reply_style_ == ReplyStyle::kExtended) {
+    return put_error(ReplyType::kErrExtHeaderReqd, "extended headers have been agreed on already");
+  }
+  reply_style_ = style;
+  put_reply_header(ReplyType::kAck, 0);
+}
+
 void ServerNegotiation::on_export_name() {
+  if (reply_style_ == ReplyStyle::kExtended) {
+    return fail_with("EXPORT_NAME after EXTENDED_HEADERS");
+  }
   const std::string_view name = as_text(buffer_);
-  const ExportInfo* const info = find(name);
+  const ExportInfo* const info = exports_->find(name);
   if (!info) return fail_with(fmt::format("unknown export {}", quoted(name)));
   put(info->size);
-  put(info->transmission_flags);
+  put(shown_flags(*info));
   if (!(client_flags_ & kClientNoZeroes)) {
     output_.resize(output_.size() + kExportNameZeroes);
   }
@@ -305,7 +387,7 @@ void ServerNegotiation::on_info_or_go() {
     return put_error(ReplyType::kErrTooBig, "the name is longer than 4096 bytes");
   }
   const std::string_view name = as_text(data.subspan(4, name_length));
-  const ExportInfo* const info = find(name);
+  const ExportInfo* const info = exports_->find(name);
   if (!info) {
     return put_error(ReplyType::kErrUnknown, fmt::format("there is no export {}", quoted(name)));
   }
@@ -334,7 +416,7 @@ void ServerNegotiation::on_info_or_go() {
   put_reply_header(ReplyType::kInfo, 12);
   put(std::to_underlying(InfoType::kExport));
   put(info->size);
-  put(info->transmission_flags);
+  put(shown_flags(*info));
   if (wants_name) {
     put_reply_header(ReplyType::kInfo, 2 + info->name.size());
     put(std::to_underlying(InfoType::kName));
@@ -356,27 +438,101 @@ void ServerNegotiation::on_info_or_go() {
   if (option_ == Option::kGo) start_transmission(*info, wants_block_size);
 }
 
+// Both options have the same data: the name of an export, and queries for contexts.
+void ServerNegotiation::on_meta_context() {
+  std::span<const std::byte> rest(buffer_);
+  bool malformed = false;
+  const auto take_number = [&]() -> std::uint32_t {
+    if (rest.size() < 4) {
+      malformed = true;
+      return 0;
+    }
+    const auto value = load_be<std::uint32_t>(rest.data());
+    rest = rest.subspan(4);
+    return value;
+  };
+  bool too_long = false;
+  const auto take_text = [&]() -> std::string_view {
+    const std::uint32_t length = take_number();
+    if (malformed || length > rest.size()) {
+      malformed = true;
+      return {};
+    }
+    too_long = too_long || length > kMaxString;
+    const std::string_view text = as_text(rest.first(length));
+    rest = rest.subspan(length);
+    return text;
+  };
+
+  const bool set = option_ == Option::kSetMetaContext;
+  const std::string_view name = take_text();
+  const std::uint32_t queries = take_number();
+  bool wanted = !set && queries == 0;  // a listing without a query asks for all
+  bool no_colon = false;
+  // Each query takes four bytes of the data at least, whatever the client says their number is.
+  for (std::uint32_t i = 0; i < queries && !malformed; ++i) {
+    const std::string_view query = take_text();
+    no_colon = no_colon || !query.contains(':');
+    // The wildcard is for listings alone. Other leaves and namespaces are ignored.
+    if (query == kBaseAllocation || (!set && query == kBaseNamespace)) wanted = true;
+  }
+  if (malformed || !rest.empty()) {
+    return put_error(ReplyType::kErrInvalid, "the names do not fit the option's data");
+  }
+  if (too_long) {
+    return put_error(ReplyType::kErrTooBig, "a name or query is longer than 4096 bytes");
+  }
+  if (no_colon) return put_error(ReplyType::kErrInvalid, "a query lacks its colon");
+  const ExportInfo* const info = exports_->find(name);
+  if (!info) {
+    return put_error(ReplyType::kErrUnknown, fmt::format("there is no export {}", quoted(name)));
+  }
+  if (wanted) {
+    put_reply_header(ReplyType::kMetaContext, 4 + kBaseAllocation.size());
+    put(set ? kBaseAllocationId : std::uint32_t{0});
+    put(kBaseAllocation);
+  }
+  put_reply_header(ReplyType::kAck, 0);
+  if (set) {
+    context_set_ = wanted;
+    context_export_ = info->id;
+  }
+}
+
 void ServerNegotiation::list_one_more() {
-  if (list_next_ == exports_.size()) {
+  if (list_next_ == exports_->all().size()) {
     put_reply_header(ReplyType::kAck, 0);
     listing_ = false;
     return;
   }
-  const ExportInfo& info = exports_[list_next_++];
+  const ExportInfo& info = exports_->all()[list_next_++];
   put_reply_header(ReplyType::kServer, 4 + info.name.size() + info.description.size());
   put(static_cast<std::uint32_t>(info.name.size()));
   put(info.name);
   put(info.description);
 }
 
-const ExportInfo* ServerNegotiation::find(std::string_view name) const {
-  const auto found = std::ranges::find(exports_, name, &ExportInfo::name);
-  return found == exports_.end() ? nullptr : &*found;
+bool ServerNegotiation::has_context(const ExportInfo& info) const {
+  return context_set_ && context_export_ == info.id;
+}
+
+std::uint16_t ServerNegotiation::shown_flags(const ExportInfo& info) const {
+  std::uint16_t hidden = 0;
+  if (reply_style_ == ReplyStyle::kSimple) hidden |= kTransmissionSendDf;
+  if (reply_style_ != ReplyStyle::kExtended || !has_context(info)) {
+    hidden |= kTransmissionBlockStatusPayload;
+  }
+  return info.transmission_flags & static_cast<std::uint16_t>(~hidden);
 }
 
 void ServerNegotiation::start_transmission(const ExportInfo& info, bool block_size_requested) {
-  selection_ = {.export_index = static_cast<std::size_t>(&info - exports_.data()),
-                .transmission_flags = info.transmission_flags,
+  selection_ = {.export_id = info.id,
+                .size = info.size,
+                .transmission_flags = shown_flags(info),
+                .min_block = info.min_block,
+                .max_payload = info.max_payload,
+                .reply_style = reply_style_,
+                .base_allocation = has_context(info),
                 .no_zeroes = (client_flags_ & kClientNoZeroes) != 0,
                 .block_size_requested = block_size_requested};
   state_ = State::kTransmission;

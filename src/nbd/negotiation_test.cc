@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -84,12 +85,14 @@ constexpr std::uint16_t kAllFlags = kTransmissionHasFlags | kTransmissionSendFlu
                                     kTransmissionSendWriteZeroes | kTransmissionCanMultiConn;
 
 const std::vector<ExportInfo> kExports = {
-    {.name = "disk", .size = (1ull << 32) + 512, .transmission_flags = kAllFlags},
-    {.name = "",
+    {.id = 70, .name = "disk", .size = (1ull << 32) + 512, .transmission_flags = kAllFlags},
+    {.id = 80,
+     .name = "",
      .size = 0x1122334455667788,
      .transmission_flags = kTransmissionHasFlags | kTransmissionReadOnly,
      .description = "the default"},
-    {.name = "odd",
+    {.id = 90,
+     .name = "odd",
      .size = 8192,
      .transmission_flags = kTransmissionHasFlags,
      .min_block = 4096,
@@ -117,6 +120,11 @@ ByteVector go_data(const std::string& name, const ByteVector& requests = {}) {
   const auto count = static_cast<std::uint8_t>(requests.size() / 2);
   return join(be32(static_cast<std::uint32_t>(name.size())), text(name), ByteVector{0, count},
               requests);
+}
+
+ServerNegotiation::Exports always(std::span<const ExportInfo> exports) {
+  return [set = std::make_shared<const ExportSet>(
+              std::vector<ExportInfo>(exports.begin(), exports.end()))] { return set; };
 }
 
 struct Outcome {
@@ -154,16 +162,17 @@ Outcome feed_parts(ServerNegotiation& negotiation, const std::vector<ByteVector>
 
 /// The outcome for a client's stream; also checks that it is the same for the stream fed byte by
 /// byte and cut in two at every place.
-Outcome negotiate(const ByteVector& stream, std::span<const ExportInfo> exports = kExports) {
-  ServerNegotiation whole(exports);
+Outcome negotiate(const ByteVector& stream, std::span<const ExportInfo> exports = kExports,
+                  TlsPolicy tls = TlsPolicy::kUnsupported) {
+  ServerNegotiation whole(always(exports), tls);
   const Outcome outcome = feed_parts(whole, {stream});
   std::vector<ByteVector> bytes;
   for (std::uint8_t b : stream) bytes.push_back({b});
-  ServerNegotiation bytewise(exports);
+  ServerNegotiation bytewise(always(exports), tls);
   EXPECT_EQ(feed_parts(bytewise, bytes), outcome);
   for (std::size_t cut = 0; cut <= stream.size(); ++cut) {
     const auto at = stream.begin() + static_cast<std::ptrdiff_t>(cut);
-    ServerNegotiation halves(exports);
+    ServerNegotiation halves(always(exports), tls);
     EXPECT_EQ(feed_parts(halves, {{stream.begin(), at}, {at, stream.end()}}), outcome)
         << "cut at " << cut;
   }
@@ -189,7 +198,7 @@ std::pair<ReplyType, std::string> only_error(const Outcome& outcome, std::uint32
 }
 
 TEST(Negotiation, GreetsBeforeTheClientHasSaidAnything) {
-  ServerNegotiation negotiation(kExports);
+  ServerNegotiation negotiation(always(kExports));
   EXPECT_EQ(copy(negotiation.output()), kGreeting);
   EXPECT_EQ(negotiation.state(), State::kNegotiating);
 }
@@ -203,22 +212,22 @@ TEST(Negotiation, StartsTransmissionWithGoAndLeavesTheRequestsBehindIt) {
 }
 
 TEST(Negotiation, SaysWhatGoSelected) {
-  ServerNegotiation negotiation(kExports);
+  ServerNegotiation negotiation(always(kExports));
   negotiation.feed(view(join(kFixedNoZeroes, kGoDisk)));
   ASSERT_EQ(negotiation.state(), State::kTransmission);
-  EXPECT_EQ(negotiation.selection().export_index, 0u);
+  EXPECT_EQ(negotiation.selection().export_id, 70u);
   EXPECT_EQ(negotiation.selection().transmission_flags, kAllFlags);
   EXPECT_TRUE(negotiation.selection().no_zeroes);
   EXPECT_TRUE(negotiation.selection().block_size_requested);
 }
 
 TEST(Negotiation, KnowsThatAClientDidNotAskForBlockSizes) {
-  ServerNegotiation negotiation(kExports);
+  ServerNegotiation negotiation(always(kExports));
   // Asking with INFO does not bind the client; only GO does.
   negotiation.feed(view(join(kFixedOnly, option(6, go_data("disk", {0, 3})),  //
                              option(7, go_data("odd", {0, 0, 0, 1})))));
   ASSERT_EQ(negotiation.state(), State::kTransmission);
-  EXPECT_EQ(negotiation.selection().export_index, 2u);
+  EXPECT_EQ(negotiation.selection().export_id, 90u);
   EXPECT_FALSE(negotiation.selection().block_size_requested);
   EXPECT_FALSE(negotiation.selection().no_zeroes);
 }
@@ -386,7 +395,7 @@ TEST(Negotiation, AcknowledgesAbortAndTakesNothingAfterIt) {
 }
 
 TEST(Negotiation, AnswersWhatItDoesNotSupportAndSkipsItsData) {
-  for (std::uint32_t number : {0u, 4u, 5u, 8u, 9u, 10u, 11u, 12u, 0xffffffffu}) {
+  for (std::uint32_t number : {0u, 4u, 5u, 12u, 0xffffffffu}) {
     for (const ByteVector& data : {ByteVector{}, text("IHAVEOPT and more")}) {
       const Outcome refused = negotiate(join(kFixedNoZeroes, option(number, data)));
       const auto [type, message] = only_error(refused, number);
@@ -431,7 +440,7 @@ TEST(Negotiation, FailsOnAWrongMagic) {
 
 TEST(Negotiation, TakesAnExportNameOf4096BytesAndNotOneMore) {
   const std::vector<ExportInfo> exports = {{.name = std::string(4096, 'n'), .size = 1}};
-  ServerNegotiation longest(exports);
+  ServerNegotiation longest(always(exports));
   longest.feed(view(join(kFixedNoZeroes, option(1, text(exports[0].name)))));
   EXPECT_EQ(longest.state(), State::kTransmission);
 
@@ -443,11 +452,11 @@ TEST(Negotiation, TakesAnExportNameOf4096BytesAndNotOneMore) {
 
 TEST(Negotiation, TakesANameOf4096BytesWithGoAndNotOneMore) {
   const std::vector<ExportInfo> exports = {{.name = std::string(4096, 'n'), .size = 1}};
-  ServerNegotiation longest(exports);
+  ServerNegotiation longest(always(exports));
   longest.feed(view(join(kFixedNoZeroes, option(7, go_data(exports[0].name)))));
   EXPECT_EQ(longest.state(), State::kTransmission);
 
-  ServerNegotiation longer(exports);
+  ServerNegotiation longer(always(exports));
   const Outcome outcome =
       feed_parts(longer, {join(kFixedNoZeroes, option(7, go_data(exports[0].name + 'n')))});
   EXPECT_EQ(only_error(outcome, 7).first, ReplyType::kErrTooBig);
@@ -456,7 +465,7 @@ TEST(Negotiation, TakesANameOf4096BytesWithGoAndNotOneMore) {
 
 TEST(Negotiation, SkipsTooMuchDataOfGoAndGoesOn) {
   for (std::uint32_t length : {8193u, 100'000u}) {
-    ServerNegotiation negotiation(kExports);
+    ServerNegotiation negotiation(always(kExports));
     const Outcome outcome =
         feed_parts(negotiation, {join(kFixedNoZeroes, option(7, zeroes(length))), kAbort});
     const ByteVector all = outcome.output;
@@ -466,7 +475,7 @@ TEST(Negotiation, SkipsTooMuchDataOfGoAndGoesOn) {
     EXPECT_EQ(outcome.state, State::kFinished);
   }
   // The longest that is looked at: it has 4093 requests, of which none is known.
-  ServerNegotiation negotiation(kExports);
+  ServerNegotiation negotiation(always(kExports));
   const ByteVector data = join(ByteVector{0, 0, 0, 0, 0x0f, 0xfd}, ByteVector(8186, 0xee));
   ASSERT_EQ(data.size(), ServerNegotiation::kMaxOptionData);
   feed_parts(negotiation, {join(kFixedNoZeroes, option(7, data))});
@@ -475,7 +484,7 @@ TEST(Negotiation, SkipsTooMuchDataOfGoAndGoesOn) {
 
 TEST(Negotiation, SkipsThirtyTwoMebibytesInAllAndNotOneMore) {
   const ByteVector mebibyte = zeroes(1 << 20);
-  ServerNegotiation negotiation(kExports);
+  ServerNegotiation negotiation(always(kExports));
   negotiation.feed(view(join(kFixedNoZeroes, option(8, {}, (32u << 20) - 5))));
   for (int i = 0; i < 31; ++i) EXPECT_EQ(negotiation.feed(view(mebibyte)), mebibyte.size());
   negotiation.feed(view(mebibyte).subspan(5));
@@ -501,20 +510,20 @@ TEST(Negotiation, RefusesAnOptionOfFourGigabytesAtItsHeader) {
 }
 
 TEST(Negotiation, EndsAfter1024Options) {
-  ServerNegotiation negotiation(kExports);
+  ServerNegotiation negotiation(always(kExports));
   negotiation.feed(view(kFixedNoZeroes));
   for (int i = 0; i < 1024; ++i) {
-    EXPECT_EQ(negotiation.feed(view(option(8))), 16u);
+    EXPECT_EQ(negotiation.feed(view(option(77))), 16u);
     negotiation.drain_output(negotiation.output().size());
     ASSERT_EQ(negotiation.state(), State::kNegotiating) << i;
   }
-  negotiation.feed(view(option(8)));
+  negotiation.feed(view(option(77)));
   ASSERT_EQ(negotiation.state(), State::kFailed);
   EXPECT_EQ(negotiation.failure(), "more than 1024 options");
 }
 
 TEST(Negotiation, HoldsBackAClientThatDoesNotReadItsReplies) {
-  ServerNegotiation negotiation(kExports);
+  ServerNegotiation negotiation(always(kExports));
   negotiation.feed(view(kFixedNoZeroes));
   ByteVector spam;
   for (int i = 0; i < 1000; ++i) spam = join(std::move(spam), kList);
@@ -546,7 +555,7 @@ TEST(Negotiation, ListsMoreExportsThanTheOutputMayHold) {
   expected = join(std::move(expected), reply(3, ReplyType::kAck), kAbortAck);
 
   // 1000 bytes at a time, so that the output is rarely empty.
-  ServerNegotiation negotiation(exports);
+  ServerNegotiation negotiation(always(exports));
   const ByteVector stream = join(kFixedNoZeroes, kList, kAbort);
   std::span<const std::byte> input = view(stream);
   ByteVector output;
@@ -560,6 +569,349 @@ TEST(Negotiation, ListsMoreExportsThanTheOutputMayHold) {
   }
   EXPECT_TRUE(output == expected);
   EXPECT_EQ(negotiation.state(), State::kFinished);
+}
+
+// ---- structured replies, extended headers ----
+
+const ByteVector kStructured = {
+    'I',  'H',  'A',  'V',  'E', 'O', 'P', 'T',  //
+    0x00, 0x00, 0x00, 0x08,                      // STRUCTURED_REPLY
+    0x00, 0x00, 0x00, 0x00,                      // no data
+};
+const ByteVector kExtended = {
+    'I',  'H',  'A',  'V',  'E', 'O', 'P', 'T',  //
+    0x00, 0x00, 0x00, 0x0b,                      // EXTENDED_HEADERS
+    0x00, 0x00, 0x00, 0x00,                      // no data
+};
+const ByteVector kExtendedAck = {
+    0x00, 0x03, 0xe8, 0x89, 0x04, 0x55, 0x65, 0xa9,  // magic of option replies
+    0x00, 0x00, 0x00, 0x0b,                          // to EXTENDED_HEADERS
+    0x00, 0x00, 0x00, 0x01,                          // ACK
+    0x00, 0x00, 0x00, 0x00,                          //
+};
+
+/// SET_META_CONTEXT for the export "disk", asking for base:allocation.
+const ByteVector kSetAllocation = {
+    'I',  'H',  'A',  'V',  'E', 'O', 'P', 'T',  //
+    0x00, 0x00, 0x00, 0x0a,                      // SET_META_CONTEXT
+    0x00, 0x00, 0x00, 0x1f,                      // 31 bytes of data
+    0x00, 0x00, 0x00, 0x04,                      // length of the name
+    'd',  'i',  's',  'k',                       //
+    0x00, 0x00, 0x00, 0x01,                      // one query
+    0x00, 0x00, 0x00, 0x0f,                      // of 15 bytes
+    'b',  'a',  's',  'e',  ':', 'a', 'l', 'l', 'o', 'c', 'a', 't', 'i', 'o', 'n',
+};
+const ByteVector kSetAllocationReply = {
+    0x00, 0x03, 0xe8, 0x89, 0x04, 0x55, 0x65, 0xa9,  // magic of option replies
+    0x00, 0x00, 0x00, 0x0a,                          // to SET_META_CONTEXT
+    0x00, 0x00, 0x00, 0x04,                          // META_CONTEXT
+    0x00, 0x00, 0x00, 0x13,                          // 19 bytes
+    0x00, 0x00, 0x00, 0x01,                          // the context's number
+    'b',  'a',  's',  'e',  ':',  'a',  'l',  'l',  'o',  'c',  'a',  't',
+    'i',  'o',  'n',  0x00, 0x03, 0xe8, 0x89, 0x04, 0x55, 0x65, 0xa9,  //
+    0x00, 0x00, 0x00, 0x0a,                                            // to SET_META_CONTEXT
+    0x00, 0x00, 0x00, 0x01,                                            // ACK
+    0x00, 0x00, 0x00, 0x00,                                            //
+};
+
+ByteVector meta_data(const std::string& name, const std::vector<std::string>& queries) {
+  ByteVector data = join(be32(static_cast<std::uint32_t>(name.size())), text(name),
+                         be32(static_cast<std::uint32_t>(queries.size())));
+  for (const std::string& query : queries) {
+    data = join(std::move(data), be32(static_cast<std::uint32_t>(query.size())), text(query));
+  }
+  return data;
+}
+
+/// What the stream selects. It has to get as far as transmission.
+ServerNegotiation::Selection selected(const ByteVector& stream,
+                                      std::span<const ExportInfo> exports = kExports) {
+  ServerNegotiation negotiation(always(exports));
+  feed_parts(negotiation, {stream});
+  EXPECT_EQ(negotiation.state(), State::kTransmission);
+  return negotiation.state() == State::kTransmission ? negotiation.selection()
+                                                     : ServerNegotiation::Selection();
+}
+
+TEST(Negotiation, AgreesOnHowToReply) {
+  EXPECT_EQ(selected(join(kFixedNoZeroes, kGoDisk)).reply_style, ReplyStyle::kSimple);
+  EXPECT_EQ(selected(join(kFixedNoZeroes, kStructured, kGoDisk)).reply_style,
+            ReplyStyle::kStructured);
+  EXPECT_EQ(selected(join(kFixedNoZeroes, kExtended, kGoDisk)).reply_style, ReplyStyle::kExtended);
+  const ByteVector both = join(kFixedNoZeroes, kStructured, kExtended, kGoDisk);
+  EXPECT_EQ(selected(both).reply_style, ReplyStyle::kExtended);
+  EXPECT_EQ(replies(negotiate(both)), join(reply(8, ReplyType::kAck), kExtendedAck, kGoDiskReply));
+}
+
+TEST(Negotiation, DoesNotGoBackFromExtendedHeadersToStructuredReplies) {
+  const ByteVector stream = join(kFixedNoZeroes, kExtended, kStructured, kGoDisk);
+  const ByteVector all = replies(negotiate(stream));
+  EXPECT_EQ(ByteVector(all.begin(), all.begin() + 20), kExtendedAck);
+  EXPECT_EQ(ByteVector(all.begin() + 28, all.begin() + 36),
+            (ByteVector{0, 0, 0, 8, 0x80, 0, 0, 0x0a}));  // to STRUCTURED_REPLY: EXT_HEADER_REQD
+  EXPECT_EQ(selected(stream).reply_style, ReplyStyle::kExtended);
+}
+
+TEST(Negotiation, RefusesReplyStylesWithData) {
+  for (std::uint32_t number : {8u, 11u}) {
+    const ByteVector stream = join(kFixedNoZeroes, option(number, text("x")));
+    EXPECT_EQ(only_error(negotiate(stream), number).first, ReplyType::kErrInvalid);
+    EXPECT_EQ(selected(join(stream, kGoDisk)).reply_style, ReplyStyle::kSimple);
+  }
+}
+
+TEST(Negotiation, ClosesOnExportNameAfterExtendedHeaders) {
+  const Outcome outcome = negotiate(join(kFixedNoZeroes, kExtended, option(1, text("disk"))));
+  EXPECT_EQ(replies(outcome), kExtendedAck);
+  EXPECT_EQ(outcome.state, State::kFailed);
+  EXPECT_EQ(outcome.failure, "EXPORT_NAME after EXTENDED_HEADERS");
+  EXPECT_EQ(selected(join(kFixedNoZeroes, kStructured, option(1, text("disk")))).reply_style,
+            ReplyStyle::kStructured);
+}
+
+TEST(Negotiation, ShowsFlagsOnlyToClientsThatCanUseThem) {
+  std::vector<ExportInfo> exports = kExports;
+  exports[0].transmission_flags |= kTransmissionSendDf | kTransmissionBlockStatusPayload;
+  const auto flags = [&](const ByteVector& options) {
+    const auto stream = join(kFixedNoZeroes, options, kGoDisk);
+    const ByteVector output = negotiate(stream, exports).output;
+    const std::uint16_t got = selected(stream, exports).transmission_flags;
+    // The EXPORT reply is the first of the last three: 32, 34 and 20 bytes.
+    const std::size_t at = output.size() - 20 - 34 - 2;
+    EXPECT_EQ(output[at] << 8 | output[at + 1], got);
+    return got & (kTransmissionSendDf | kTransmissionBlockStatusPayload);
+  };
+  constexpr int kBoth = kTransmissionSendDf | kTransmissionBlockStatusPayload;
+  EXPECT_EQ(flags({}), 0);
+  EXPECT_EQ(flags(kStructured), kTransmissionSendDf);
+  EXPECT_EQ(flags(join(kStructured, kSetAllocation)), kTransmissionSendDf);
+  EXPECT_EQ(flags(kExtended), kTransmissionSendDf);
+  EXPECT_EQ(flags(join(kExtended, kSetAllocation)), kBoth);
+  EXPECT_EQ(flags(join(kStructured, kSetAllocation, kExtended)), kBoth);
+}
+
+// ---- metadata contexts ----
+
+TEST(Negotiation, SetsTheContextOfAnExport) {
+  for (const ByteVector& style : {kStructured, kExtended}) {
+    const ByteVector stream = join(kFixedNoZeroes, style, kSetAllocation, kGoDisk);
+    const ByteVector all = replies(negotiate(stream));
+    EXPECT_EQ(ByteVector(all.begin() + 20, all.end()), join(kSetAllocationReply, kGoDiskReply));
+    EXPECT_TRUE(selected(stream).base_allocation);
+  }
+  EXPECT_FALSE(selected(join(kFixedNoZeroes, kStructured, kGoDisk)).base_allocation);
+  EXPECT_TRUE(selected(join(kFixedNoZeroes, kStructured, kSetAllocation, option(1, text("disk"))))
+                  .base_allocation);
+}
+
+TEST(Negotiation, ForgetsTheContextWithAnotherExportOrALaterSet) {
+  const ByteVector set = join(kFixedNoZeroes, kStructured, kSetAllocation);
+  EXPECT_FALSE(selected(join(set, option(7, go_data("odd")))).base_allocation);
+  // What is only looked at, or listed, changes nothing.
+  EXPECT_TRUE(selected(join(set, option(6, go_data("odd")), option(9, meta_data("odd", {})),
+                            option(7, go_data("nope")), kGoDisk))
+                  .base_allocation);
+  const std::vector<ByteVector> later = {
+      option(10, meta_data("disk", {})),                               // selects nothing
+      option(10, meta_data("disk", {"base:"})),                        // no wildcard here
+      option(10, meta_data("disk", {"base:other", "qemu:x"})),         // unknown ones
+      option(10, meta_data("odd", {"base:allocation"})),               // for another export
+      option(10, meta_data("nope", {"base:allocation"})),              // fails: no such export
+      option(10, meta_data("disk", {"base"})),                         // fails: no colon
+      option(10, text("xyz")),                                         // fails: malformed
+      option(10, zeroes(8193)),                                        // fails: too long
+      option(10, meta_data("disk", {"a:" + std::string(4095, 'x')})),  // fails: likewise
+  };
+  for (const ByteVector& options : later) {
+    EXPECT_FALSE(selected(join(set, options, kGoDisk)).base_allocation);
+    EXPECT_TRUE(selected(join(set, options, kSetAllocation, kGoDisk)).base_allocation);
+  }
+}
+
+TEST(Negotiation, KnowsAnExportByItsIdNotItsName) {
+  // Between two options "disk" goes, and another one of the same name comes.
+  std::vector<ExportInfo> exports = kExports;
+  auto set = std::make_shared<const ExportSet>(exports);
+  ServerNegotiation negotiation([&] { return set; });
+  negotiation.feed(view(join(kFixedNoZeroes, kStructured, kSetAllocation)));
+  exports[0].id = 71;
+  set = std::make_shared<const ExportSet>(exports);
+  negotiation.feed(view(kGoDisk));
+  ASSERT_EQ(negotiation.state(), State::kTransmission);
+  EXPECT_EQ(negotiation.selection().export_id, 71u);
+  EXPECT_FALSE(negotiation.selection().base_allocation);
+}
+
+TEST(Negotiation, ListsTheExportsThereWereWhenItWasAsked) {
+  std::vector<ExportInfo> exports;
+  for (int i = 0; i < 100; ++i) {
+    exports.push_back({.name = std::to_string(i), .description = std::string(4000, 'd')});
+  }
+  auto set = std::make_shared<const ExportSet>(exports);
+  ServerNegotiation negotiation([&] { return set; });
+  negotiation.feed(view(join(kFixedNoZeroes, kList)));
+  set = std::make_shared<const ExportSet>();
+  std::size_t size = 0;
+  while (!negotiation.output().empty()) {
+    size += negotiation.output().size();
+    negotiation.drain_output(negotiation.output().size());
+    negotiation.feed({});
+  }
+  EXPECT_GT(size, 100u * 4000);
+  negotiation.feed(view(kList));
+  EXPECT_EQ(copy(negotiation.output()), reply(3, ReplyType::kAck));
+}
+
+TEST(Negotiation, ListsContexts) {
+  const ByteVector allocation = join(be32(0), text("base:allocation"));
+  const auto listed = [](const std::string& name, const std::vector<std::string>& queries) {
+    const ByteVector all =
+        replies(negotiate(join(kFixedNoZeroes, kStructured, option(9, meta_data(name, queries)))));
+    return ByteVector(all.begin() + 20, all.end());
+  };
+  const ByteVector found =
+      join(reply(9, ReplyType::kMetaContext, allocation), reply(9, ReplyType::kAck));
+  EXPECT_EQ(listed("disk", {}), found);
+  EXPECT_EQ(listed("", {"base:"}), found);
+  EXPECT_EQ(listed("disk", {"x-mine:y", "base:allocation", "base:"}), found);
+  EXPECT_EQ(listed("disk", {"base:alloc", "base:allocation2", "qemu:"}), reply(9, ReplyType::kAck));
+}
+
+TEST(Negotiation, RefusesMetadataOptionsWithoutChunksToAnswerThemIn) {
+  for (std::uint32_t number : {9u, 10u}) {
+    const Outcome outcome =
+        negotiate(join(kFixedNoZeroes, option(number, meta_data("disk", {"base:allocation"}))));
+    EXPECT_EQ(only_error(outcome, number).first, ReplyType::kErrInvalid);
+  }
+}
+
+TEST(Negotiation, RefusesMalformedMetadataOptions) {
+  const std::vector<std::pair<ByteVector, ReplyType>> bad = {
+      {{}, ReplyType::kErrInvalid},
+      {{0, 0, 0}, ReplyType::kErrInvalid},
+      {{0, 0, 0, 0}, ReplyType::kErrInvalid},              // no number of queries
+      {{0, 0, 0, 1, 0, 0, 0, 0}, ReplyType::kErrInvalid},  // the name ate a part of it
+      {{0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0}, ReplyType::kErrInvalid},
+      {{0, 0, 0, 0, 0, 0, 0, 1}, ReplyType::kErrInvalid},  // the query is missing
+      {{0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff}, ReplyType::kErrInvalid},
+      {{0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 2, ':'}, ReplyType::kErrInvalid},
+      {{0, 0, 0, 0, 0, 0, 0, 0, 0}, ReplyType::kErrInvalid},  // a byte too many
+      {meta_data("disk", {"base:allocation", "allocation"}), ReplyType::kErrInvalid},
+      {meta_data("disk", {""}), ReplyType::kErrInvalid},
+      {meta_data("nope", {"base:allocation"}), ReplyType::kErrUnknown},
+      {meta_data(std::string(4097, 'n'), {}), ReplyType::kErrTooBig},
+      {meta_data("disk", {"a:" + std::string(4095, 'x')}), ReplyType::kErrTooBig},
+      {zeroes(8193), ReplyType::kErrTooBig},
+  };
+  for (std::uint32_t number : {9u, 10u}) {
+    for (std::size_t i = 0; i < bad.size(); ++i) {
+      ServerNegotiation negotiation(always(kExports));
+      const Outcome outcome = feed_parts(
+          negotiation, {join(kFixedNoZeroes, kStructured), option(number, bad[i].first)});
+      const ByteVector all = replies(outcome);
+      ASSERT_GT(all.size(), 40u);
+      EXPECT_EQ(ByteVector(all.begin() + 28, all.begin() + 36),
+                join(be32(number), be32(static_cast<std::uint32_t>(bad[i].second))))
+          << i;
+      EXPECT_EQ(outcome.state, State::kNegotiating);
+    }
+  }
+}
+
+// ---- TLS ----
+
+const ByteVector kStartTls = {
+    'I',  'H',  'A',  'V',  'E', 'O', 'P', 'T',  //
+    0x00, 0x00, 0x00, 0x05,                      // STARTTLS
+    0x00, 0x00, 0x00, 0x00,                      // no data
+};
+const ByteVector kStartTlsAck = {
+    0x00, 0x03, 0xe8, 0x89, 0x04, 0x55, 0x65, 0xa9,  // magic of option replies
+    0x00, 0x00, 0x00, 0x05,                          // to STARTTLS
+    0x00, 0x00, 0x00, 0x01,                          // ACK
+    0x00, 0x00, 0x00, 0x00,                          //
+};
+
+TEST(Tls, IsRefusedAsThePolicySays) {
+  const ByteVector stream = join(kFixedNoZeroes, kStartTls);
+  EXPECT_EQ(only_error(negotiate(stream), 5).first, ReplyType::kErrUnsup);
+  EXPECT_EQ(only_error(negotiate(stream, kExports, TlsPolicy::kForbidden), 5).first,
+            ReplyType::kErrPolicy);
+}
+
+TEST(Tls, StartsBehindTheAcknowledgement) {
+  for (TlsPolicy policy : {TlsPolicy::kAllowed, TlsPolicy::kRequired}) {
+    const Outcome outcome = negotiate(join(kFixedNoZeroes, kStartTls), kExports, policy);
+    EXPECT_EQ(replies(outcome), kStartTlsAck);
+    EXPECT_EQ(outcome.state, State::kStartTls);
+    const ByteVector with_data = join(kFixedNoZeroes, option(5, text("x")));
+    EXPECT_EQ(only_error(negotiate(with_data, kExports, policy), 5).first, ReplyType::kErrInvalid);
+  }
+}
+
+TEST(Tls, TakesNoPlainTextBehindItsStart) {
+  for (const ByteVector& behind : {ByteVector{0x16}, kGoDisk}) {
+    ServerNegotiation negotiation(always(kExports), TlsPolicy::kAllowed);
+    const ByteVector stream = join(kFixedNoZeroes, kStartTls, behind);
+    EXPECT_EQ(negotiation.feed(view(stream)), 20u);
+    ASSERT_EQ(negotiation.state(), State::kFailed);
+    EXPECT_EQ(negotiation.failure(), "plain text behind STARTTLS");
+  }
+  // Nor with a later call.
+  ServerNegotiation negotiation(always(kExports), TlsPolicy::kAllowed);
+  negotiation.feed(view(join(kFixedNoZeroes, kStartTls)));
+  EXPECT_EQ(negotiation.feed(view(kGoDisk)), 0u);
+  EXPECT_EQ(negotiation.state(), State::kFailed);
+}
+
+TEST(Tls, ForgetsWhatWasSaidBeforeIt) {
+  ServerNegotiation negotiation(always(kExports), TlsPolicy::kAllowed);
+  feed_parts(negotiation, {join(kFixedNoZeroes, kExtended, kSetAllocation, kStartTls)});
+  ASSERT_EQ(negotiation.state(), State::kStartTls);
+  EXPECT_FALSE(negotiation.encrypted());
+  negotiation.tls_started();
+  EXPECT_TRUE(negotiation.encrypted());
+  // A second STARTTLS is invalid; structured replies may be asked for, as if for the first time.
+  const Outcome outcome = feed_parts(negotiation, {join(kStructured, kStartTls, kGoDisk)});
+  EXPECT_EQ(ByteVector(outcome.output.begin(), outcome.output.begin() + 20),
+            reply(8, ReplyType::kAck));
+  EXPECT_EQ(ByteVector(outcome.output.begin() + 28, outcome.output.begin() + 36),
+            (ByteVector{0, 0, 0, 5, 0x80, 0, 0, 3}));  // to STARTTLS: INVALID
+  ASSERT_EQ(negotiation.state(), State::kTransmission);
+  EXPECT_EQ(negotiation.selection().reply_style, ReplyStyle::kStructured);
+  EXPECT_FALSE(negotiation.selection().base_allocation);
+  EXPECT_TRUE(negotiation.selection().no_zeroes);  // the client flags are not sent again
+}
+
+TEST(Tls, IsRequiredForEverythingButItsStartAndAbort) {
+  for (std::uint32_t number : {3u, 4u, 6u, 7u, 8u, 9u, 10u, 11u, 77u}) {
+    for (const ByteVector& data : {ByteVector{}, go_data("disk")}) {
+      const Outcome outcome =
+          negotiate(join(kFixedNoZeroes, option(number, data)), kExports, TlsPolicy::kRequired);
+      EXPECT_EQ(only_error(outcome, number).first, ReplyType::kErrTlsReqd);
+      EXPECT_EQ(outcome.state, State::kNegotiating);
+    }
+  }
+  EXPECT_EQ(replies(negotiate(join(kFixedNoZeroes, kAbort), kExports, TlsPolicy::kRequired)),
+            kAbortAck);
+  for (const char* name : {"disk", "nope"}) {
+    const Outcome outcome =
+        negotiate(join(kFixedNoZeroes, option(1, text(name))), kExports, TlsPolicy::kRequired);
+    EXPECT_EQ(outcome.output, kGreeting);
+    EXPECT_EQ(outcome.state, State::kFailed);
+    EXPECT_EQ(outcome.failure, "EXPORT_NAME without TLS");
+  }
+  ServerNegotiation negotiation(always(kExports), TlsPolicy::kRequired);
+  feed_parts(negotiation, {join(kFixedNoZeroes, kStartTls)});
+  negotiation.tls_started();
+  EXPECT_EQ(feed_parts(negotiation, {kGoDisk}).output, kGoDiskReply);
+}
+
+TEST(TlsDeathTest, StartsOnlyWhenAskedForAndAnswered) {
+  ServerNegotiation negotiation(always(kExports), TlsPolicy::kAllowed);
+  EXPECT_DEATH(negotiation.tls_started(), "TLS was not asked for");
+  negotiation.feed(view(join(kFixedNoZeroes, kStartTls)));
+  EXPECT_DEATH(negotiation.tls_started(), "38 bytes were to be sent before TLS");
 }
 
 TEST(CheckExport, RefusesWhatTheProtocolDoesNotAllow) {
@@ -578,7 +930,8 @@ TEST(CheckExport, RefusesWhatTheProtocolDoesNotAllow) {
       {.max_payload = 2048},
       {.max_payload = kMaxPayload + 1},
       {.transmission_flags = kTransmissionReadOnly},
-      {.transmission_flags = kTransmissionHasFlags | kTransmissionSendDf},
+      {.transmission_flags =
+           kTransmissionHasFlags | kTransmissionReadOnly | kTransmissionSendResize},
       {.transmission_flags = kTransmissionHasFlags | kTransmissionSendFastZero},
   };
   for (std::size_t i = 0; i < bad.size(); ++i) {
@@ -590,7 +943,7 @@ TEST(CheckExport, RefusesWhatTheProtocolDoesNotAllow) {
 
 TEST(NegotiationDeathTest, RequiresProperExports) {
   const std::vector<ExportInfo> exports = {{.min_block = 3}};
-  EXPECT_DEATH(ServerNegotiation{exports}, "minimum block size");
+  EXPECT_DEATH(ExportSet{exports}, "minimum block size");
 }
 
 }  // namespace

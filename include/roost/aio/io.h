@@ -4,7 +4,7 @@
 // Each gives the bytes transferred (possibly fewer than asked for), 0, or a negative errno, and
 // runs on the context the coroutine is on, through that context's back end.
 //
-// Each has an overload with a stop token, as last argument. When its stop is requested, the
+// Most have an overload with a stop token, as last argument. When its stop is requested, the
 // operation is asked to end early; the await returns once it has ended, with what it did, or with
 // -ECANCELED where the kernel, or the thread pool, gave it up. What -ECANCELED means:
 //
@@ -183,6 +183,35 @@ inline IoAwaiter io_allocate(int fd, int mode, std::uint64_t offset, std::uint64
 inline CancellableIoAwaiter io_allocate(int fd, int mode, std::uint64_t offset, std::uint64_t size,
                                         std::stop_token stop) noexcept {
   return {io_allocate(fd, mode, offset, size).request(), std::move(stop)};
+}
+
+/// ftruncate(2): 0, or a negative errno.
+inline IoAwaiter io_truncate(int fd, std::uint64_t size) noexcept {
+  IoAwaiter io(IoRequest::Op::kTruncate, fd);
+  io.request().size = size;
+  return io;
+}
+
+/// Has `size` bytes of a file from `offset` read into the page cache, as POSIX_FADV_WILLNEED of
+/// posix_fadvise(2) does, but all of them: 0 when that is under way, or a negative errno.
+inline IoAwaiter io_read_ahead(int fd, std::uint64_t offset, std::uint64_t size) noexcept {
+  IoAwaiter io(IoRequest::Op::kReadAhead, fd);
+  io.request().offset = offset;
+  io.request().size = size;
+  return io;
+}
+
+/// What `size` bytes of a file from `offset` are, data or holes by turns, as SEEK_DATA and
+/// SEEK_HOLE of lseek(2) tell: how many of `to` were filled, fewer only at the end of the range or
+/// of the file. -ENXIO: the file ends before `offset`. The file's position is nobody's any more.
+inline IoAwaiter io_find_extents(int fd, std::span<FileExtent> to, std::uint64_t offset,
+                                 std::uint64_t size) noexcept {
+  IoAwaiter io(IoRequest::Op::kFindExtents, fd);
+  io.request().address = to.data();
+  io.request().length = static_cast<std::uint32_t>(to.size());
+  io.request().offset = offset;
+  io.request().size = size;
+  return io;
 }
 
 /// recv(2): returns once there is something, 0 at the end of the stream.

@@ -13,6 +13,12 @@ namespace roost {
 
 class AioContext;
 
+/// A piece of a file, as lseek(2) tells data from holes.
+struct FileExtent {
+  std::uint64_t length;
+  bool hole;
+};
+
 /// What io.h's functions fill in. A back end executes it, and calls `complete`.
 struct IoRequest {
   enum class Op : std::uint8_t {
@@ -20,15 +26,21 @@ struct IoRequest {
     kWritev,    // address: iovec[length], offset, flags (RWF_*)
     kDataSync,  // fdatasync
     kAllocate,  // fallocate: flags (FALLOC_FL_*), offset, size
-    kRecv,      // address, length, flags (MSG_*)
-    kRecvMsg,   // address: msghdr, which is filled in, flags (MSG_*)
-    kSendMsg,   // address: msghdr, flags (MSG_*)
-    kAccept,    // flags (SOCK_*); the result is the new descriptor
-    kConnect,   // address: sockaddr, length
-    kPoll,      // flags: POLLIN | POLLOUT; the result is what poll(2) calls revents
+    // What always goes to the thread pool, since no other way is known not to block the loop:
+    kTruncate,     // ftruncate: size
+    kReadAhead,    // into the page cache: offset, size
+    kFindExtents,  // address: FileExtent[length], offset, size; the result is how many are filled
+    // On sockets, and any descriptor that can be polled:
+    kRecv,     // address, length, flags (MSG_*)
+    kRecvMsg,  // address: msghdr, which is filled in, flags (MSG_*)
+    kSendMsg,  // address: msghdr, flags (MSG_*)
+    kAccept,   // flags (SOCK_*); the result is the new descriptor
+    kConnect,  // address: sockaddr, length
+    kPoll,     // flags: POLLIN | POLLOUT; the result is what poll(2) calls revents
   };
   /// Whether it is an operation on a file: those have an offset, and may block.
-  bool on_file() const noexcept { return op <= Op::kAllocate; }
+  bool on_file() const noexcept { return op <= Op::kFindExtents; }
+  bool for_pool_only() const noexcept { return op >= Op::kTruncate && op <= Op::kFindExtents; }
 
   // The operation's arguments, as Op says which it has. Sizes and offsets are in bytes.
   Op op;

@@ -63,7 +63,7 @@ struct SimulatedChannelOptions {
 struct SimulatedDiskOptions {
   std::int64_t min_delay_ns = 5'000;
   std::int64_t max_delay_ns = 200'000;
-  unsigned short_one_in = 8;  // reads and writes that do less than they were asked to; 0: none
+  unsigned short_one_in = 8;  // reads, writes and such that do less than they could; 0: none
   unsigned error_one_in = 0;  // operations that fail with EIO; 0: none
 };
 

@@ -4,9 +4,14 @@
 // Each client gets a coroutine that negotiates, then moves to the context that has the fewest
 // clients of that export, and reads requests there; each request is a coroutine of its own.
 //
+// Exports come and go while clients are busy. A hidden one takes no new clients; a removed one goes
+// when its last client has gone, which may be told to go at once. Its disk may be destroyed when
+// remove_export() has called back, not before.
+//
 // Threads: constructed, used and destroyed on the thread that polls the main context. Connections
 // run on the I/O contexts; what they share with the server is guarded by its mutex.
-// Lifetime: contexts, disks and the log function outlive the server. Before it is destroyed, stop()
+// Lifetime: contexts, disks (of exports that were not removed) and the log function outlive the
+// server. Before it is destroyed, stop()
 // it and poll the main context until that has called back.
 #pragma once
 
@@ -17,7 +22,8 @@
 #include <mutex>
 #include <span>
 #include <string>
-#include <unordered_set>
+#include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "roost/aio/aio_context.h"
@@ -45,21 +51,51 @@ class NbdServer {
   struct Export {
     std::string name;  // empty: the default export
     BlockDriver* disk;
+    std::string description{};
+    bool read_only = false;     // although the disk is not
+    bool allow_resize = false;  // by clients, if the disk can
+    // Requests that do not keep to these are refused, whether the client asked for them or not.
+    std::uint32_t min_block = nbd::kDefaultMinBlock;
+    std::uint32_t preferred_block = nbd::kDefaultPreferredBlock;
+    std::uint32_t max_payload = nbd::kMaxPayload;
+  };
+
+  /// What happens to the clients of an export that is removed.
+  enum class Removal : std::uint8_t {
+    kWhenUnused,  // they go on until they leave by themselves
+    kNow,         // they are disconnected; requests in flight are finished first
   };
 
   struct Options {
     AioContext* main_context;
     std::vector<AioContext*> io_contexts;  // at least one
     NbdLimits limits{};
+    /// Clients at one time; one more is turned away, with a line in the log. 0: any number.
+    std::size_t max_connections = 0;
+    /// Other than kUnsupported and kForbidden only where connections can do the handshake.
+    nbd::TlsPolicy tls = nbd::TlsPolicy::kUnsupported;
     /// One line, without its end. Called from any thread.
     std::function<void(const std::string&)> log;
   };
 
   /// Clients of `exports` are served on `options.io_contexts`, once there are any.
+  /// REQUIRES: add_export() takes each of `exports`.
   NbdServer(Options options, std::vector<Export> exports);
   ~NbdServer();
   NbdServer(const NbdServer&) = delete;
   NbdServer& operator=(const NbdServer&) = delete;
+
+  /// Offers one more. EEXIST if there is one of that name, be it hidden or on its way out; EINVAL
+  /// if the protocol does not let it be offered like this.
+  Result<void> add_export(Export exported);
+
+  /// Takes no new clients for it any more; those it has go on. ENOENT if there is none.
+  Result<void> hide_export(std::string_view name);
+
+  /// Hides it, and calls `on_gone` on the main context once no client and no request uses its disk.
+  /// Again with kNow: those that it waits for are disconnected; both calls' `on_gone` are called.
+  /// ENOENT if there is none.
+  Result<void> remove_export(std::string_view name, Removal removal, std::function<void()> on_gone);
 
   /// Starts to accept clients on `socket`.
   void listen(ListenSocket socket);
@@ -82,24 +118,59 @@ class NbdServer {
 
   struct Listener;
 
+  // What is offered, or was and is still in use.
+  struct ActiveExport {
+    ActiveExport(std::uint64_t number, Export e, std::size_t contexts)
+        : id(number), config(std::move(e)), clients(contexts) {}
+
+    const std::uint64_t id;  // never used again
+    const Export config;
+    // The rest is guarded by mutex_.
+    std::vector<unsigned> clients;  // on each context
+    bool hidden = false;
+    bool removed = false;   // goes with its last client
+    bool resizing = false;  // its disk: takes no new clients meanwhile
+    std::vector<std::function<void()>> on_gone{};
+
+    bool used() const;
+  };
+
+  // Where a client is; nowhere while it negotiates.
+  struct Place {
+    ActiveExport* exported = nullptr;
+    std::size_t context = 0;  // its place in io_contexts
+  };
+
+  enum class Entry : std::uint8_t { kEntered, kGone, kBusy };
+
   void accept_some(Listener& listener);
-  std::size_t choose_context(std::size_t export_index);  // its place in io_contexts
-  void connection_ended(NbdConnection& connection);
   void log(const std::string& line) const { options_.log(line); }
 
+  // For connections, on their contexts.
+  std::shared_ptr<const nbd::ExportSet> visible_exports() const;
+  Entry enter(NbdConnection& connection, std::uint64_t export_id, Place& place);
+  Result<void> begin_resize(ActiveExport& exported, std::uint64_t new_size);
+  void end_resize(ActiveExport& exported);
+  void connection_ended(NbdConnection& connection);
+
+  // REQUIRES: mutex_ is held.
+  ActiveExport* find_export(std::string_view name);
+  void publish_exports();
+  void forget_if_unused(ActiveExport& exported);
+
   const Options options_;
-  const std::vector<Export> exports_;
-  std::vector<nbd::ExportInfo> export_infos_;  // constant once constructed
 
   std::vector<std::unique_ptr<BufferCache>> reply_memory_;  // one a context, used only there
 
   // Main thread.
   std::vector<std::unique_ptr<Listener>> listeners_;
   std::size_t next_context_ = 0;
+  std::uint64_t next_export_id_ = 1;
 
   mutable std::mutex mutex_;  // guards the rest
-  std::unordered_set<std::shared_ptr<NbdConnection>> connections_;
-  std::vector<std::vector<unsigned>> clients_;  // [export][context]
+  std::unordered_map<std::shared_ptr<NbdConnection>, Place> connections_;
+  std::vector<std::unique_ptr<ActiveExport>> exports_;
+  std::shared_ptr<const nbd::ExportSet> visible_exports_;  // what new clients are told
   bool stopping_ = false;
   std::function<void()> on_idle_;
 };

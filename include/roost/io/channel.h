@@ -91,11 +91,21 @@ class Channel {
   Task<Result<void>> writev_full(std::span<const iovec> from, std::stop_token stop = {},
                                  std::size_t* sent = nullptr);
 
-  /// Ends a direction, or both. kWrite is a last operation of the writer: the peer reads to the end
-  /// of what was written, and then gets the end of the stream. kRead and kBoth may come while
-  /// others wait, on the context that the channel is attached to: what waits returns, reads with
-  /// the end of the stream, writes with EPIPE.
+  /// Ends a direction. kWrite is a last operation of the writer: the peer reads to the end of what
+  /// was written, and then gets the end of the stream. kRead and kBoth may come while others wait,
+  /// on the context that the channel is attached to: what waits returns, reads with the end of the
+  /// stream. kBoth is abort().
   Task<Result<void>> shutdown(StreamEnd end, std::stop_token stop = {});
+
+  /// Ends both directions at once: what waits returns, and so does what begins from now on; what
+  /// the peer has not got it may never get. On the context that the channel is attached to.
+  virtual void abort() noexcept = 0;
+
+  /// The last operation of a channel on which everything was written: waits, for at most
+  /// `limit_ns`, until the peer has got it, as far as that can be told, and drops what still comes
+  /// from it. (Closing a TCP socket that holds unread data, or gets more, takes from the peer what
+  /// it has not read.)
+  virtual Task<void> linger(std::int64_t limit_ns, std::stop_token stop = {});
 
   /// Attaches the channel to `to`, with the operations that wait for it and their coroutines; and
   /// returns, on the context it was awaited on, when they have arrived. EBUSY: another move is
@@ -109,9 +119,11 @@ class Channel {
   explicit Channel(std::string name) : name_(std::move(name)) {}
 
   // What a kind of channel does. Each runs on the context that the channel is attached to, one of
-  // each direction at a time. `to` and `from` hold at least one byte.
-  virtual Task<Result<std::size_t>> do_readv(std::span<const iovec> to, std::stop_token stop) = 0;
-  virtual Task<Result<std::size_t>> do_writev(std::span<const iovec> from,
+  // each direction at a time. `to` and `from` hold at least one byte. With `all`, the caller asks
+  // again until all is transferred: so it may be waited for in one piece. `end` is not kBoth.
+  virtual Task<Result<std::size_t>> do_readv(std::span<const iovec> to, bool all,
+                                             std::stop_token stop) = 0;
+  virtual Task<Result<std::size_t>> do_writev(std::span<const iovec> from, bool all,
                                               std::stop_token stop) = 0;
   virtual Task<Result<void>> do_shutdown(StreamEnd end, std::stop_token stop) = 0;
 
@@ -124,10 +136,13 @@ class Channel {
   bool in_transit(Direction direction) const noexcept { return use(direction).in_transit; }
 
   /// Goes to where the channel was moved.
-  Task<void> arrive(Direction direction);
+  Task<void> arrive();
 
   /// For a channel over another one: attaches `lower` to `to`, and makes what waits in it go there.
-  static void redirect(Channel& lower, AioContext& to) { lower.redirect(to); }
+  void redirect_lower(Channel& lower, AioContext& to) {
+    lower.upper_ = this;
+    lower.redirect(to);
+  }
 
   /// "read from NAME: ...", as an error.
   std::unexpected<Error> failure(const char* what, int error) const;
@@ -139,8 +154,8 @@ class Channel {
   // Who is at one direction.
   struct Use {
     bool busy = false;
-    bool in_transit = false;   // the channel was moved, its operation has not arrived
-    const char* by = nullptr;  // the coroutine's name
+    bool in_transit = false;  // the channel was moved, its operation has not arrived
+    Coroutine* by = nullptr;  // while it is busy
   };
   const Use& use(Direction d) const noexcept { return uses_[static_cast<std::size_t>(d)]; }
   Use& use(Direction d) noexcept { return uses_[static_cast<std::size_t>(d)]; }
@@ -148,6 +163,7 @@ class Channel {
   bool try_begin(Direction direction);
   void end(Direction direction) noexcept;
   void redirect(AioContext& to);
+  void has_arrived(const Coroutine& co);
   std::size_t take_unread(std::span<const iovec> to) noexcept;
   void put_back(std::span<const iovec> from, std::size_t size);
   Task<Result<std::size_t>> fill(std::span<iovec> to, std::stop_token stop);
@@ -160,6 +176,9 @@ class Channel {
   std::array<Use, 2> uses_;  // in_transit is also read, without the mutex, by the operation
   bool moving_ = false;
   Coroutine* mover_ = nullptr;  // waits for operations in transit
+
+  // While the channel above is moved: what arrives here has arrived there, too.
+  Channel* upper_ = nullptr;
 
   // The operation of direction kRead.
   std::vector<std::byte> unread_;  // what a cancelled read_full had taken

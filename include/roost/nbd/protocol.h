@@ -81,6 +81,13 @@ inline constexpr std::uint16_t kCommandPayloadLen = 1u << 5;  // with extended h
 // Flags of a chunk of a structured or extended reply (16 bits).
 inline constexpr std::uint16_t kReplyDone = 1u << 0;
 
+/// How requests are framed and answered, as client and server agreed.
+enum class ReplyStyle : std::uint8_t {
+  kSimple,      // no chunks
+  kStructured,  // chunks for what has data or a message, otherwise simple
+  kExtended,    // chunks only, and longer requests
+};
+
 /// What a chunk holds. Errors have bit 15 set.
 enum class ChunkType : std::uint16_t {
   kNone = 0,
