@@ -175,8 +175,7 @@ class EpollBackEnd final : public BackEnd {
 
   static bool waits_for_input(const IoRequest& r) noexcept {
     return r.op == IoRequest::Op::kRecv || r.op == IoRequest::Op::kRecvMsg ||
-           r.op == IoRequest::Op::kAccept ||
-           (r.op == IoRequest::Op::kPoll && (r.flags & POLLIN));
+           r.op == IoRequest::Op::kAccept || (r.op == IoRequest::Op::kPoll && (r.flags & POLLIN));
   }
   static bool waits_for_output(const IoRequest& r) noexcept {
     return r.op == IoRequest::Op::kSendMsg || r.op == IoRequest::Op::kConnect ||

@@ -188,8 +188,7 @@ std::int64_t IoRequest::execute(bool dont_wait) const noexcept {
         done = ::recv(fd, address, length, flags | (dont_wait ? MSG_DONTWAIT : 0));
         break;
       case Op::kRecvMsg:
-        done = ::recvmsg(fd, static_cast<msghdr*>(address),
-                         flags | (dont_wait ? MSG_DONTWAIT : 0));
+        done = ::recvmsg(fd, static_cast<msghdr*>(address), flags | (dont_wait ? MSG_DONTWAIT : 0));
         break;
       case Op::kSendMsg:
         done = ::sendmsg(fd, static_cast<const msghdr*>(address),

@@ -17,4 +17,6 @@ Task<Result<void>> BlockDriver::resize(std::uint64_t) {
   co_return fail(ENOTSUP, "resize " + name());
 }
 
+Task<void> BlockDriver::close() { co_return; }
+
 }  // namespace roost

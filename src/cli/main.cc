@@ -8,6 +8,8 @@
 #include <map>
 #include <string>
 
+#include "cli/commands.h"
+#include "cli/runtime.h"
 #include "cli/serve.h"
 #include "roost/block/block_driver.h"
 
@@ -27,7 +29,7 @@ constexpr const char* kServeExamples = R"(Examples:
 )";
 
 // CLI11 numbers its errors from 100; the field says 2.
-constexpr int kUsageError = 2;
+using roost::cli::kUsageError;
 
 int usage_error(const std::string& message) {
   std::fprintf(stderr, "roost: %s\nRun with --help for more information.\n", message.c_str());
@@ -54,7 +56,7 @@ std::string check_aio(const roost::cli::ServeOptions& options) {
 
 int run(int argc, char** argv) {
   CLI::App app{
-      "Roost: serves disks over NBD from several I/O threads.\n"
+      "Roost: serves disks over NBD from several I/O threads, and copies and examines them.\n"
       "Without a command it serves ./roost-disk.img (made if absent, sparse, 1 GiB) on "
       "./roost.sock."};
   app.name("roost");
@@ -63,7 +65,9 @@ int run(int argc, char** argv) {
       "Examples:\n"
       "  roost                     Serve ./roost-disk.img on ./roost.sock.\n"
       "  roost serve disk.img      Serve a disk image.\n"
-      "  roost serve --help        What can be chosen.\n");
+      "  roost serve --help        What can be chosen.\n"
+      "  roost copy A.img nbd://server/b\n"
+      "  roost info nbd://server/b --map\n");
   app.require_subcommand(0, 1);
 
   roost::cli::ServeOptions options;
@@ -167,12 +171,17 @@ int run(int argc, char** argv) {
       ->capture_default_str();
   serve->add_flag("--json", options.json, "Describe what is served as one line of JSON");
 
+  roost::cli::Action action;
+  roost::cli::add_copy(app, action);
+  roost::cli::add_info(app, action);
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
     return app.exit(e) == 0 ? 0 : kUsageError;
   }
 
+  if (action) return action();
   if (!serve->parsed()) {
     options.disks = {"./roost-disk.img"};
     create_size = "1G";

@@ -19,6 +19,7 @@
 #include <system_error>
 #include <thread>
 
+#include "cli/runtime.h"
 #include "roost/aio/census_report.h"
 #include "roost/aio/iothread.h"
 #include "roost/aio/stall_detector.h"
@@ -34,12 +35,6 @@ namespace {
 
 // How long clients may take to fetch their last replies.
 constexpr std::int64_t kStopTimeoutNs = 10'000'000'000;
-
-void report(const std::string& line) {
-  // One write, so that lines of several threads do not mix. Whether anybody reads it is not ours.
-  const std::string whole = "roost: " + line + "\n";
-  [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, whole.data(), whole.size());
-}
 
 struct Disk {
   std::string export_name;

@@ -17,7 +17,7 @@
 namespace roost::cli {
 
 struct ServeOptions {
-  std::vector<std::string> disks;  // [NAME=]DISK
+  std::vector<std::string> disks;     // [NAME=]DISK
   std::vector<SocketAddress> listen;  // beside the sockets that a service manager has passed
   nbd::TlsPolicy tls = nbd::TlsPolicy::kUnsupported;
   std::string tls_directory;           // with certificates; empty: none

@@ -208,11 +208,14 @@ Task<bool> NbdConnection::negotiate() {
   std::span<const std::byte> input;
   const Result<void> ended = co_await negotiate(negotiation, input, patience.token());
   patience.clear_deadline();
+  const int error = ended ? 0 : ended.error().code();
   if (!ended && patience.reason() == StopScope::Reason::kDeadline) {
     give_up("negotiation timed out");
-  } else if (!ended && ended.error().code() == ECONNRESET) {
+  } else if (negotiation.state() == State::kFinished) {
+    // It may not wait for our goodbye.
+  } else if (error == ECONNRESET || error == EPIPE) {
     give_up("vanished during the negotiation");
-  } else if (!ended && ended.error().code() != ECANCELED) {
+  } else if (!ended && error != ECANCELED) {
     give_up(ended.error().message());
   } else if (ended && negotiation.state() == State::kFailed) {
     give_up(negotiation.failure());
@@ -280,8 +283,8 @@ void NbdConnection::wake_reader() noexcept {
 
 // ---- The reader
 
-// Brings a disconnect() home. It may be called with the server's mutex held, by the home thread too:
-// so nobody is entered.
+// Brings a disconnect() home. It may be called with the server's mutex held, by the home thread
+// too: so nobody is entered.
 struct NbdConnection::Disconnection : StopRelay {
   explicit Disconnection(NbdConnection& c)
       : StopRelay(

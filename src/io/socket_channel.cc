@@ -89,17 +89,17 @@ SocketChannel::pair() {
 // that a move has interrupted goes on where the channel is now.
 Task<Result<std::size_t>> SocketChannel::do_readv(std::span<const iovec> to, bool all,
                                                   std::stop_token stop) {
+  const int flags = all ? MSG_WAITALL : 0;
   if (to.size() > 1 || received_descriptors_) {
     msghdr message{};
     message.msg_iov = const_cast<iovec*>(to.data());
     message.msg_iovlen = std::min(to.size(), kMaxPieces);
-    co_return co_await receive(message, all ? MSG_WAITALL : 0, std::move(stop));
+    co_return co_await receive(message, flags, std::move(stop));
   }
   const std::span<std::byte> buffer(static_cast<std::byte*>(to[0].iov_base), to[0].iov_len);
   for (;;) {
     if (in_transit(Direction::kRead)) co_await arrive();
-    CancellableIoAwaiter wait(io_recv(fd_.get(), buffer, all ? MSG_WAITALL : 0).request(), stop,
-                              &slots_[0]);
+    CancellableIoAwaiter wait(io_recv(fd_.get(), buffer, flags).request(), stop, &slots_[0]);
     const std::int64_t n = co_await std::move(wait);
     if (n >= 0) co_return static_cast<std::size_t>(n);
     if (n == -ECANCELED && stop.stop_requested())

@@ -88,6 +88,10 @@ class BlockDriver {
   /// REQUIRES: no request is in flight beyond the smaller of both sizes.
   virtual Task<Result<void>> resize(std::uint64_t new_size);
 
+  /// The last one of all, once no other is in flight and none is going to start. A disk may need it
+  /// before it goes: one that another machine has, to say goodbye.
+  virtual Task<void> close();
+
   /// Whether resize() and write_zeroes() with `fast` may succeed. Constant.
   virtual bool can_resize() const noexcept { return false; }
   virtual bool can_zero_fast() const noexcept { return false; }

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: MIT
+#include "cli/runtime.h"
+
+#include <fmt/format.h>
+#include <signal.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <optional>
+#include <system_error>
+
+#include "roost/block/nbd_disk.h"
+
+namespace roost::cli {
+
+namespace {
+
+Task<void> keep(Task<int> task, std::optional<int>& result, bool& done) {
+  result = co_await std::move(task);
+  done = true;
+}
+
+UniqueFd take_signals() {
+  sigset_t set;
+  ::sigemptyset(&set);
+  ::sigaddset(&set, SIGINT);
+  ::sigaddset(&set, SIGTERM);
+  ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
+  UniqueFd fd(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
+  if (!fd) throw std::system_error(errno, std::generic_category(), "signalfd");
+  return fd;
+}
+
+}  // namespace
+
+void report(const std::string& line) {
+  // One write, so that lines of several threads do not mix. Whether anybody reads it is not ours.
+  const std::string whole = "roost: " + line + "\n";
+  [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, whole.data(), whole.size());
+}
+
+// Signals are blocked before any thread starts, so that every thread inherits that.
+Runtime::Runtime(unsigned iothreads, EventLoop event_loop) : signals_(take_signals()) {
+  const auto options = [&](std::string name) {
+    return AioContextOptions{
+        .name = std::move(name), .event_loop = event_loop, .thread_pool = pool_};
+  };
+  AioContextOptions main_options = options("main");
+  main_options.poll_max_ns = 0;  // nothing here is in a hurry
+  main_ = AioContext::create(std::move(main_options));
+  for (unsigned i = 0; i < iothreads; ++i) {
+    threads_.push_back(std::make_unique<IOThread>(options(fmt::format("iothread{}", i))));
+    contexts_.push_back(&threads_.back()->context());
+  }
+}
+
+Runtime::~Runtime() {
+  for (auto& thread : threads_) {
+    thread->stop();
+    thread->join();
+  }
+}
+
+int Runtime::run(Task<int> task) {
+  const ContextScope scope(*main_);
+  main_->set_fd_handler(signals_.get(),
+                        {.read =
+                             [this] {
+                               signalfd_siginfo info;
+                               if (::read(signals_.get(), &info, sizeof info) != sizeof info) {
+                                 return;
+                               }
+                               if (interrupted()) ::_exit(kInterrupted);
+                               stop_.request_stop();
+                             },
+                         .write = {},
+                         .poll = {}});
+  std::optional<int> result;
+  bool done = false;
+  Coroutine::create(keep(std::move(task), result, done), "command")->enter();
+  main_->poll_until(done);
+  main_->remove_fd_handler(signals_.get());
+  return *result;
+}
+
+Task<Result<std::unique_ptr<BlockDriver>>> open_any_disk(Runtime& runtime, std::string description,
+                                                         OpenOptions options,
+                                                         unsigned connections) {
+  if (!nbd::looks_like_nbd_uri(description)) co_return open_disk(description, options);
+  Result<nbd::NbdTarget> target = nbd::NbdTarget::parse(description);
+  if (!target) co_return std::unexpected(target.error());
+  NbdDiskOptions how;
+  how.contexts = runtime.contexts();
+  how.connections = connections;
+  how.read_only = options.read_only;
+  co_return co_await open_nbd_disk(std::move(*target), std::move(how), runtime.stop());
+}
+
+}  // namespace roost::cli

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+// What the commands that end by themselves have in common: a main context, I/O threads, a task that
+// runs on them, and an end by SIGINT or SIGTERM.
+//
+// Threads: the main thread. Lifetime: outlives what runs on its contexts.
+#pragma once
+
+#include <memory>
+#include <stop_token>
+#include <string>
+#include <vector>
+
+#include "roost/aio/iothread.h"
+#include "roost/aio/thread_pool.h"
+#include "roost/block/block_driver.h"
+
+namespace roost::cli {
+
+// Exit statuses, as every command gives them.
+inline constexpr int kSuccess = 0;
+inline constexpr int kFailure = 1;
+inline constexpr int kUsageError = 2;
+inline constexpr int kInterrupted = 130;  // as a shell says it of SIGINT
+
+/// "roost: LINE" on standard error, in one piece.
+void report(const std::string& line);
+
+/// What a signal set that the command heeds.
+class Runtime {
+ public:
+  /// Throws std::system_error.
+  explicit Runtime(unsigned iothreads, EventLoop event_loop = EventLoop::kAuto);
+  ~Runtime();
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+
+  /// Runs `task` on the main context to its end, and gives its result. The first SIGINT or SIGTERM
+  /// requests stop(), the second ends the process.
+  int run(Task<int> task);
+
+  std::stop_token stop() const noexcept { return stop_.get_token(); }
+  bool interrupted() const noexcept { return stop_.stop_requested(); }
+
+  AioContext& main() noexcept { return *main_; }
+  /// Those of the I/O threads.
+  const std::vector<AioContext*>& contexts() const noexcept { return contexts_; }
+
+ private:
+  std::stop_source stop_;
+  UniqueFd signals_;
+  std::shared_ptr<ThreadPool> pool_ = std::make_shared<ThreadPool>();
+  std::shared_ptr<AioContext> main_;
+  std::vector<std::unique_ptr<IOThread>> threads_;
+  std::vector<AioContext*> contexts_;
+};
+
+/// A disk of this machine, as open_disk() understands it, or an NBD URI's, over `connections` (0:
+/// one for each I/O thread). In a coroutine on the main context.
+Task<Result<std::unique_ptr<BlockDriver>>> open_any_disk(Runtime& runtime, std::string description,
+                                                         OpenOptions options,
+                                                         unsigned connections = 0);
+
+}  // namespace roost::cli
