@@ -224,7 +224,7 @@ Task<Result<std::size_t>> Channel::readv(std::span<const iovec> to, std::stop_to
   if (stop.stop_requested()) co_return cancelled("read from", "nothing was taken");
   if (total_size(to) == 0) co_return 0;
   if (!unread_.empty()) co_return take_unread(to);
-  Result<std::size_t> result = co_await do_readv(to, std::move(stop));
+  Result<std::size_t> result = co_await do_readv(to, false, std::move(stop));
   if (in_transit(Direction::kRead)) co_await arrive();
   co_return result;
 }
@@ -244,7 +244,7 @@ Task<Result<void>> Channel::readv_full(std::span<const iovec> to, std::stop_toke
   std::size_t done = unread_.empty() ? 0 : take_unread(to);
   drop_front(rest, done);
   while (done < all) {
-    const Result<std::size_t> n = co_await do_readv(rest, stop);
+    const Result<std::size_t> n = co_await do_readv(rest, true, stop);
     if (in_transit(Direction::kRead)) co_await arrive();
     if (!n && n.error().code() == ECANCELED && done > 0) put_back(to, done);
     if (!n) co_return std::unexpected(n.error());
@@ -270,7 +270,7 @@ Task<Result<std::size_t>> Channel::writev(std::span<const iovec> from, std::stop
   while (!using_it.try_begin()) co_await roost::move_to(*context());
   if (stop.stop_requested()) co_return cancelled("write to", "nothing was sent");
   if (total_size(from) == 0) co_return 0;
-  Result<std::size_t> result = co_await do_writev(from, std::move(stop));
+  Result<std::size_t> result = co_await do_writev(from, false, std::move(stop));
   if (in_transit(Direction::kWrite)) co_await arrive();
   co_return result;
 }
@@ -283,6 +283,12 @@ Task<Result<void>> Channel::write_full(std::span<const std::byte> from, std::sto
 
 Task<Result<void>> Channel::writev_full(std::span<const iovec> from, std::stop_token stop,
                                         std::size_t* sent) {
+  Pieces pieces(from);
+  co_return co_await writev_in_place(pieces.get(), std::move(stop), sent);
+}
+
+Task<Result<void>> Channel::writev_in_place(std::span<iovec> from, std::stop_token stop,
+                                            std::size_t* sent) {
   std::size_t count = 0;
   std::size_t& done = sent ? *sent : count;
   done = 0;
@@ -290,18 +296,16 @@ Task<Result<void>> Channel::writev_full(std::span<const iovec> from, std::stop_t
   while (!using_it.try_begin()) co_await roost::move_to(*context());
   if (stop.stop_requested()) co_return cancelled("write to", "nothing was sent");
   const std::size_t all = total_size(from);
-  Pieces pieces(from);
-  std::span<iovec> rest = pieces.get();
-  drop_front(rest, 0);
+  drop_front(from, 0);
   while (done < all) {
-    const Result<std::size_t> n = co_await do_writev(rest, stop);
+    const Result<std::size_t> n = co_await do_writev(from, true, stop);
     if (in_transit(Direction::kWrite)) co_await arrive();
     if (!n) {
       co_return fail(n.error().code(),
                      fmt::format("{}, after {} of {} bytes", n.error().doing(), done, all));
     }
     done += *n;
-    drop_front(rest, *n);
+    drop_front(from, *n);
   }
   co_return Result<void>();
 }
@@ -309,12 +313,18 @@ Task<Result<void>> Channel::writev_full(std::span<const iovec> from, std::stop_t
 // ---- Ending
 
 Task<Result<void>> Channel::shutdown(StreamEnd end, std::stop_token stop) {
-  if (end != StreamEnd::kWrite) co_return co_await do_shutdown(end, std::move(stop));
+  if (end == StreamEnd::kBoth) {
+    abort();
+    co_return Result<void>();
+  }
+  if (end == StreamEnd::kRead) co_return co_await do_shutdown(end, std::move(stop));
   Using using_it(*this, Direction::kWrite);
   while (!using_it.try_begin()) co_await roost::move_to(*context());
   Result<void> result = co_await do_shutdown(end, std::move(stop));
   if (in_transit(Direction::kWrite)) co_await arrive();
   co_return result;
 }
+
+Task<void> Channel::linger(std::int64_t, std::stop_token) { co_return; }
 
 }  // namespace roost

@@ -28,7 +28,8 @@ Result<std::unique_ptr<FileChannel>> FileChannel::open(const std::string& path, 
   return std::make_unique<FileChannel>(std::move(fd), path);
 }
 
-Task<Result<std::size_t>> FileChannel::do_readv(std::span<const iovec> to, std::stop_token stop) {
+Task<Result<std::size_t>> FileChannel::do_readv(std::span<const iovec> to, bool,
+                                                std::stop_token stop) {
   if (read_ended_) co_return 0;
   const auto piece = std::ranges::find_if(to, [](const iovec& one) { return one.iov_len > 0; });
   const std::span<std::byte> buffer(static_cast<std::byte*>(piece->iov_base),
@@ -48,7 +49,7 @@ Task<Result<std::size_t>> FileChannel::do_readv(std::span<const iovec> to, std::
   }
 }
 
-Task<Result<std::size_t>> FileChannel::do_writev(std::span<const iovec> from,
+Task<Result<std::size_t>> FileChannel::do_writev(std::span<const iovec> from, bool,
                                                  std::stop_token stop) {
   if (write_ended_) co_return failure("write to", EPIPE);
   const auto pieces = from.first(std::min<std::size_t>(from.size(), IOV_MAX));
@@ -69,8 +70,10 @@ Task<Result<std::size_t>> FileChannel::do_writev(std::span<const iovec> from,
 }
 
 Task<Result<void>> FileChannel::do_shutdown(StreamEnd end, std::stop_token) {
-  if (end != StreamEnd::kWrite) read_ended_ = true;
-  if (end == StreamEnd::kRead) co_return Result<void>();
+  if (end == StreamEnd::kRead) {
+    read_ended_ = true;
+    co_return Result<void>();
+  }
   write_ended_ = true;
   const std::int64_t result = co_await io_data_sync(fd_.get());
   // What cannot be synced, a pipe under /dev/fd for one, has nothing to sync.

@@ -77,8 +77,14 @@ class MemoryChannel final : public Channel {
     end_writing();
   }
 
+  void abort() noexcept override {
+    end_reading();
+    end_writing();
+  }
+
  protected:
-  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, std::stop_token stop) override {
+  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, bool,
+                                     std::stop_token stop) override {
     std::size_t taken = 0;
     for (;;) {
       if (in_transit(Direction::kRead)) co_await arrive();
@@ -95,7 +101,8 @@ class MemoryChannel final : public Channel {
     co_return taken;
   }
 
-  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, std::stop_token stop) override {
+  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, bool,
+                                      std::stop_token stop) override {
     std::size_t put = 0;
     for (;;) {
       if (in_transit(Direction::kWrite)) co_await arrive();
@@ -114,8 +121,7 @@ class MemoryChannel final : public Channel {
   }
 
   Task<Result<void>> do_shutdown(StreamEnd end, std::stop_token) override {
-    if (end != StreamEnd::kWrite) end_reading();
-    if (end != StreamEnd::kRead) end_writing();
+    end == StreamEnd::kRead ? end_reading() : end_writing();
     co_return Result<void>();
   }
 

@@ -26,10 +26,10 @@ Task<Result<std::unique_ptr<TlsChannel>>> TlsChannel::handshake(
   co_return fail(ENOTSUP, "TLS (built without GnuTLS)");
 }
 
-Task<Result<std::size_t>> TlsChannel::do_readv(std::span<const iovec>, std::stop_token) {
+Task<Result<std::size_t>> TlsChannel::do_readv(std::span<const iovec>, bool, std::stop_token) {
   panic("a TLS session without TLS");
 }
-Task<Result<std::size_t>> TlsChannel::do_writev(std::span<const iovec>, std::stop_token) {
+Task<Result<std::size_t>> TlsChannel::do_writev(std::span<const iovec>, bool, std::stop_token) {
   panic("a TLS session without TLS");
 }
 Task<Result<void>> TlsChannel::do_shutdown(StreamEnd, std::stop_token) {

@@ -51,14 +51,15 @@ Task<Result<std::size_t>> PipeChannel::transfer(Direction direction, const char*
   }
 }
 
-Task<Result<std::size_t>> PipeChannel::do_readv(std::span<const iovec> to, std::stop_token stop) {
+Task<Result<std::size_t>> PipeChannel::do_readv(std::span<const iovec> to, bool,
+                                                std::stop_token stop) {
   const auto call = [to](int fd) noexcept {
     return ::readv(fd, to.data(), static_cast<int>(std::min<std::size_t>(to.size(), IOV_MAX)));
   };
   co_return co_await transfer(Direction::kRead, "read from", call, std::move(stop));
 }
 
-Task<Result<std::size_t>> PipeChannel::do_writev(std::span<const iovec> from,
+Task<Result<std::size_t>> PipeChannel::do_writev(std::span<const iovec> from, bool,
                                                  std::stop_token stop) {
   const auto call = [from](int fd) noexcept {
     return ::writev(fd, from.data(), static_cast<int>(std::min<std::size_t>(from.size(), IOV_MAX)));
@@ -67,19 +68,20 @@ Task<Result<std::size_t>> PipeChannel::do_writev(std::span<const iovec> from,
 }
 
 Task<Result<void>> PipeChannel::do_shutdown(StreamEnd which, std::stop_token) {
-  if (which != StreamEnd::kWrite) {
+  if (which == StreamEnd::kRead) {
     // A read that waits finds it, and closes the descriptor.
     ended_[0] = true;
     slots_[0].interrupt();
-  }
-  if (which == StreamEnd::kWrite) {
+  } else {
     ended_[1] = true;
     ends_[1].reset();  // nobody else writes
-  } else if (which == StreamEnd::kBoth) {
-    ended_[1] = true;
-    slots_[1].interrupt();
   }
   co_return Result<void>();
+}
+
+void PipeChannel::abort() noexcept {
+  ended_ = {true, true};
+  for (IoSlot& slot : slots_) slot.interrupt();
 }
 
 void PipeChannel::interrupt(AioContext&) {

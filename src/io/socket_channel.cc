@@ -2,11 +2,13 @@
 #include "roost/io/socket_channel.h"
 
 #include <fmt/format.h>
+#include <linux/sockios.h>
 #include <linux/vm_sockets.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
@@ -15,6 +17,7 @@
 #include <cstring>
 
 #include "io/resolve.h"
+#include "roost/aio/timer.h"
 #include "roost/base/check.h"
 
 namespace roost {
@@ -23,6 +26,12 @@ namespace {
 
 // A send and a receive that the kernel takes in one piece.
 constexpr std::size_t kMaxPieces = 1024;
+
+// How often a socket that lingers looks, and how long nothing must have come from a peer that had
+// more to say: longer than its kernel waits to try again.
+constexpr std::int64_t kLingerStepNs = 2'000'000;
+constexpr int kLingerQuietSteps = 150;
+constexpr std::size_t kLingerChunk = 64 << 10;
 
 }  // namespace
 
@@ -78,17 +87,19 @@ SocketChannel::pair() {
 
 // A receive of one piece is a recv, which costs the kernel less. Each iteration is one wait; a wait
 // that a move has interrupted goes on where the channel is now.
-Task<Result<std::size_t>> SocketChannel::do_readv(std::span<const iovec> to, std::stop_token stop) {
+Task<Result<std::size_t>> SocketChannel::do_readv(std::span<const iovec> to, bool all,
+                                                  std::stop_token stop) {
   if (to.size() > 1 || received_descriptors_) {
     msghdr message{};
     message.msg_iov = const_cast<iovec*>(to.data());
     message.msg_iovlen = std::min(to.size(), kMaxPieces);
-    co_return co_await receive(message, std::move(stop));
+    co_return co_await receive(message, all ? MSG_WAITALL : 0, std::move(stop));
   }
   const std::span<std::byte> buffer(static_cast<std::byte*>(to[0].iov_base), to[0].iov_len);
   for (;;) {
     if (in_transit(Direction::kRead)) co_await arrive();
-    CancellableIoAwaiter wait(io_recv(fd_.get(), buffer).request(), stop, &slots_[0]);
+    CancellableIoAwaiter wait(io_recv(fd_.get(), buffer, all ? MSG_WAITALL : 0).request(), stop,
+                              &slots_[0]);
     const std::int64_t n = co_await std::move(wait);
     if (n >= 0) co_return static_cast<std::size_t>(n);
     if (n == -ECANCELED && stop.stop_requested())
@@ -98,7 +109,7 @@ Task<Result<std::size_t>> SocketChannel::do_readv(std::span<const iovec> to, std
   }
 }
 
-Task<Result<std::size_t>> SocketChannel::receive(msghdr& message, std::stop_token stop) {
+Task<Result<std::size_t>> SocketChannel::receive(msghdr& message, int flags, std::stop_token stop) {
   alignas(cmsghdr) std::array<std::byte, CMSG_SPACE(kMaxDescriptors * sizeof(int))> control;
   for (;;) {
     if (in_transit(Direction::kRead)) co_await arrive();
@@ -106,8 +117,8 @@ Task<Result<std::size_t>> SocketChannel::receive(msghdr& message, std::stop_toke
       message.msg_control = control.data();
       message.msg_controllen = control.size();
     }
-    CancellableIoAwaiter wait(io_recvmsg(fd_.get(), message, MSG_CMSG_CLOEXEC).request(), stop,
-                              &slots_[0]);
+    CancellableIoAwaiter wait(io_recvmsg(fd_.get(), message, flags | MSG_CMSG_CLOEXEC).request(),
+                              stop, &slots_[0]);
     const std::int64_t n = co_await std::move(wait);
     if (n == -ECANCELED && stop.stop_requested())
       co_return cancelled("read from", "nothing was taken");
@@ -128,7 +139,7 @@ Task<Result<std::size_t>> SocketChannel::receive(msghdr& message, std::stop_toke
   }
 }
 
-Task<Result<std::size_t>> SocketChannel::do_writev(std::span<const iovec> from,
+Task<Result<std::size_t>> SocketChannel::do_writev(std::span<const iovec> from, bool all,
                                                    std::stop_token stop) {
   msghdr message{};
   message.msg_iov = const_cast<iovec*>(from.data());
@@ -143,13 +154,10 @@ Task<Result<std::size_t>> SocketChannel::do_writev(std::span<const iovec> from,
     c->cmsg_len = CMSG_LEN(send_descriptors_.size_bytes());
     std::memcpy(CMSG_DATA(c), send_descriptors_.data(), send_descriptors_.size_bytes());
   }
-  co_return co_await send(message, std::move(stop));
-}
-
-Task<Result<std::size_t>> SocketChannel::send(msghdr& message, std::stop_token stop) {
   for (;;) {
     if (in_transit(Direction::kWrite)) co_await arrive();
-    CancellableIoAwaiter wait(io_sendmsg(fd_.get(), message).request(), stop, &slots_[1]);
+    CancellableIoAwaiter wait(io_sendmsg(fd_.get(), message, all ? MSG_WAITALL : 0).request(), stop,
+                              &slots_[1]);
     const std::int64_t n = co_await std::move(wait);
     if (n >= 0) co_return static_cast<std::size_t>(n);
     if (n == -ECANCELED && stop.stop_requested())
@@ -181,12 +189,40 @@ Task<Result<std::size_t>> SocketChannel::read_with_descriptors(std::span<std::by
 }
 
 Task<Result<void>> SocketChannel::do_shutdown(StreamEnd end, std::stop_token) {
-  const int how = end == StreamEnd::kRead    ? SHUT_RD
-                  : end == StreamEnd::kWrite ? SHUT_WR
-                                             : SHUT_RDWR;
   // A peer that has gone first has ended both.
-  if (::shutdown(fd_.get(), how) < 0 && errno != ENOTCONN) co_return failure("shut down", errno);
+  if (::shutdown(fd_.get(), end == StreamEnd::kRead ? SHUT_RD : SHUT_WR) < 0 && errno != ENOTCONN) {
+    co_return failure("shut down", errno);
+  }
   co_return Result<void>();
+}
+
+void SocketChannel::abort() noexcept { ::shutdown(fd_.get(), SHUT_RDWR); }
+
+// Closing a TCP socket that holds, or still gets, unread data resets the connection, and what was
+// sent may be lost on either side: reads and forgets what comes until there is quiet and our side
+// has arrived. The end of our side comes last, by the close: once it is sent, data that comes
+// resets the connection, too. (What a unix socket has sent has arrived.)
+Task<void> SocketChannel::linger(std::int64_t limit_ns, std::stop_token stop) {
+  int domain = 0;
+  socklen_t length = sizeof domain;
+  ::getsockopt(fd_.get(), SOL_SOCKET, SO_DOMAIN, &domain, &length);
+  const bool tcp = domain == AF_INET || domain == AF_INET6;
+  std::vector<std::byte> dropped(kLingerChunk);
+  bool asked_for_more = false;
+  int quiet_steps = 0;
+  for (std::int64_t waited_ns = 0; waited_ns < limit_ns; waited_ns += kLingerStepNs) {
+    ++quiet_steps;
+    while (::recv(fd_.get(), dropped.data(), dropped.size(), MSG_DONTWAIT) > 0) {
+      asked_for_more = true;
+      quiet_steps = 0;
+    }
+    int unsent = 0;
+    const bool arrived = !tcp || ::ioctl(fd_.get(), SIOCOUTQ, &unsent) < 0 || unsent == 0;
+    const bool quiet = !tcp || !asked_for_more || quiet_steps >= kLingerQuietSteps;
+    if (arrived && quiet) co_return;
+    const Result<void> slept = co_await sleep_for(kLingerStepNs, stop);
+    if (!slept) co_return;
+  }
 }
 
 void SocketChannel::interrupt(AioContext&) {

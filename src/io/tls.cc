@@ -400,7 +400,8 @@ Task<Result<void>> TlsChannel::send_rest(std::stop_token stop) {
   co_return Result<void>();
 }
 
-Task<Result<std::size_t>> TlsChannel::do_readv(std::span<const iovec> to, std::stop_token stop) {
+Task<Result<std::size_t>> TlsChannel::do_readv(std::span<const iovec> to, bool,
+                                               std::stop_token stop) {
   const auto piece = std::ranges::find_if(to, [](const iovec& one) { return one.iov_len > 0; });
   for (;;) {
     if (reading_ended_) co_return 0;
@@ -460,7 +461,8 @@ std::size_t TlsChannel::encrypt(std::span<const iovec> from, int& error) {
   return done;
 }
 
-Task<Result<std::size_t>> TlsChannel::do_writev(std::span<const iovec> from, std::stop_token stop) {
+Task<Result<std::size_t>> TlsChannel::do_writev(std::span<const iovec> from, bool,
+                                                std::stop_token stop) {
   if (stop.stop_requested()) co_return cancelled("write to", "nothing was sent");
   int error = GNUTLS_E_INTERNAL_ERROR;
   const std::size_t taken = encrypt(from, error);
@@ -472,7 +474,7 @@ Task<Result<std::size_t>> TlsChannel::do_writev(std::span<const iovec> from, std
 }
 
 Task<Result<void>> TlsChannel::do_shutdown(StreamEnd end, std::stop_token stop) {
-  if (end != StreamEnd::kWrite) {
+  if (end == StreamEnd::kRead) {
     reading_ended_ = true;
     co_return co_await lower_->shutdown(end, std::move(stop));
   }

@@ -450,8 +450,7 @@ ReplyChecker::Verdict ReplyChecker::check_status(const ReplyMessage& message) {
     lie(fmt::format("sent the status of the unknown context {}", message.context_id));
     return skip;
   }
-  if (std::ranges::find(status_, message.context_id, &ContextStatus::context_id) !=
-      status_.end()) {
+  if (std::ranges::find(status_, message.context_id, &ContextStatus::context_id) != status_.end()) {
     lie(fmt::format("sent the status of {} twice", printable(context->name)));
     return skip;
   }

@@ -90,12 +90,25 @@ class Channel {
                                 std::size_t* sent = nullptr);
   Task<Result<void>> writev_full(std::span<const iovec> from, std::stop_token stop = {},
                                  std::size_t* sent = nullptr);
+  /// The same, for who does not need the pieces any more: they are used up.
+  Task<Result<void>> writev_in_place(std::span<iovec> from, std::stop_token stop = {},
+                                     std::size_t* sent = nullptr);
 
-  /// Ends a direction, or both. kWrite is a last operation of the writer: the peer reads to the end
-  /// of what was written, and then gets the end of the stream. kRead and kBoth may come while
-  /// others wait, on the context that the channel is attached to: what waits returns, reads with
-  /// the end of the stream, writes with EPIPE.
+  /// Ends a direction. kWrite is a last operation of the writer: the peer reads to the end of what
+  /// was written, and then gets the end of the stream. kRead and kBoth may come while others wait,
+  /// on the context that the channel is attached to: what waits returns, reads with the end of the
+  /// stream. kBoth is abort().
   Task<Result<void>> shutdown(StreamEnd end, std::stop_token stop = {});
+
+  /// Ends both directions at once: what waits returns, and so does what begins from now on; what
+  /// the peer has not got it may never get. On the context that the channel is attached to.
+  virtual void abort() noexcept = 0;
+
+  /// The last operation of a channel on which everything was written: waits, for at most
+  /// `limit_ns`, until the peer has got it, as far as that can be told, and drops what still comes
+  /// from it. (Closing a TCP socket that holds unread data, or gets more, takes from the peer what
+  /// it has not read.)
+  virtual Task<void> linger(std::int64_t limit_ns, std::stop_token stop = {});
 
   /// Attaches the channel to `to`, with the operations that wait for it and their coroutines; and
   /// returns, on the context it was awaited on, when they have arrived. EBUSY: another move is
@@ -109,9 +122,11 @@ class Channel {
   explicit Channel(std::string name) : name_(std::move(name)) {}
 
   // What a kind of channel does. Each runs on the context that the channel is attached to, one of
-  // each direction at a time. `to` and `from` hold at least one byte.
-  virtual Task<Result<std::size_t>> do_readv(std::span<const iovec> to, std::stop_token stop) = 0;
-  virtual Task<Result<std::size_t>> do_writev(std::span<const iovec> from,
+  // each direction at a time. `to` and `from` hold at least one byte. With `all`, the caller asks
+  // again until all is transferred: so it may be waited for in one piece. `end` is not kBoth.
+  virtual Task<Result<std::size_t>> do_readv(std::span<const iovec> to, bool all,
+                                             std::stop_token stop) = 0;
+  virtual Task<Result<std::size_t>> do_writev(std::span<const iovec> from, bool all,
                                               std::stop_token stop) = 0;
   virtual Task<Result<void>> do_shutdown(StreamEnd end, std::stop_token stop) = 0;
 
@@ -154,8 +169,6 @@ class Channel {
   void has_arrived(const Coroutine& co);
   std::size_t take_unread(std::span<const iovec> to) noexcept;
   void put_back(std::span<const iovec> from, std::size_t size);
-  Task<Result<std::size_t>> fill(std::span<iovec> to, std::stop_token stop);
-  Task<Result<void>> drain(std::span<iovec> from, std::stop_token stop, std::size_t* sent);
 
   const std::string name_;
 

@@ -21,9 +21,13 @@ class FileChannel : public Channel {
   FileChannel(UniqueFd fd, std::string name, std::uint64_t offset = 0);
   ~FileChannel() override;
 
+  void abort() noexcept override { read_ended_ = write_ended_ = true; }
+
  protected:
-  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, std::stop_token stop) override;
-  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, std::stop_token stop) override;
+  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, bool all,
+                                     std::stop_token stop) override;
+  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, bool all,
+                                      std::stop_token stop) override;
   /// Of kWrite: makes what was written durable.
   Task<Result<void>> do_shutdown(StreamEnd end, std::stop_token stop) override;
   void interrupt(AioContext& to) override;

@@ -21,9 +21,13 @@ class PipeChannel : public Channel {
   PipeChannel(UniqueFd read_end, UniqueFd write_end, std::string name);
   ~PipeChannel() override;
 
+  void abort() noexcept override;
+
  protected:
-  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, std::stop_token stop) override;
-  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, std::stop_token stop) override;
+  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, bool all,
+                                     std::stop_token stop) override;
+  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, bool all,
+                                      std::stop_token stop) override;
   Task<Result<void>> do_shutdown(StreamEnd end, std::stop_token stop) override;
   void interrupt(AioContext& to) override;
 

@@ -31,6 +31,9 @@ class SocketChannel : public Channel {
   /// Both ends of a connection within the process. EMFILE and the like.
   static Result<std::pair<std::unique_ptr<SocketChannel>, std::unique_ptr<SocketChannel>>> pair();
 
+  void abort() noexcept override;
+  Task<void> linger(std::int64_t limit_ns, std::stop_token stop = {}) override;
+
   int fd() const noexcept { return fd_.get(); }
 
   /// Sends descriptors, at most kMaxDescriptors, over a unix socket, beside the first byte of
@@ -48,8 +51,10 @@ class SocketChannel : public Channel {
   static constexpr std::size_t kMaxDescriptors = 64;
 
  protected:
-  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, std::stop_token stop) override;
-  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, std::stop_token stop) override;
+  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, bool all,
+                                     std::stop_token stop) override;
+  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, bool all,
+                                      std::stop_token stop) override;
   Task<Result<void>> do_shutdown(StreamEnd end, std::stop_token stop) override;
   void interrupt(AioContext& to) override;
 
@@ -57,8 +62,7 @@ class SocketChannel : public Channel {
   int release_fd() noexcept { return fd_.release(); }
 
  private:
-  Task<Result<std::size_t>> receive(msghdr& message, std::stop_token stop);
-  Task<Result<std::size_t>> send(msghdr& message, std::stop_token stop);
+  Task<Result<std::size_t>> receive(msghdr& message, int flags, std::stop_token stop);
 
   UniqueFd fd_;
   std::array<IoSlot, 2> slots_;  // what waits, by direction

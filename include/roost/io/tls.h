@@ -74,6 +74,14 @@ class TlsChannel final : public Channel {
 
   ~TlsChannel() override;
 
+  void abort() noexcept override {
+    reading_ended_ = true;
+    lower_->abort();
+  }
+  Task<void> linger(std::int64_t limit_ns, std::stop_token stop = {}) override {
+    return lower_->linger(limit_ns, std::move(stop));
+  }
+
   /// Who the peer is, as far as it has proved it: the distinguished name of its certificate (RFC
   /// 4514), or the name that came with its key; empty if it did not have to.
   const std::string& peer_name() const noexcept { return peer_name_; }
@@ -82,8 +90,10 @@ class TlsChannel final : public Channel {
   const std::string& protocol() const noexcept { return protocol_; }
 
  protected:
-  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, std::stop_token stop) override;
-  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, std::stop_token stop) override;
+  Task<Result<std::size_t>> do_readv(std::span<const iovec> to, bool all,
+                                     std::stop_token stop) override;
+  Task<Result<std::size_t>> do_writev(std::span<const iovec> from, bool all,
+                                      std::stop_token stop) override;
   Task<Result<void>> do_shutdown(StreamEnd end, std::stop_token stop) override;
   void interrupt(AioContext& to) override { redirect_lower(*lower_, to); }
 
