@@ -115,6 +115,7 @@ class ClientAndServer : public testing::TestWithParam<nbd::ReplyStyle> {
   Task<void> stop_soon(std::stop_source stop, std::uint32_t hops) {
     while (hops-- > 0) co_await move_to(threads_[hops % 2]->context());
     stop.request_stop();
+    --running_;
   }
 
   /// Has a part of the disk for itself, and knows what is there.
@@ -144,6 +145,7 @@ class ClientAndServer : public testing::TestWithParam<nbd::ReplyStyle> {
         case 2: {
           // Left, perhaps, while its reply may be on its way into the buffer, which goes at once.
           std::stop_source stop;
+          ++running_;
           spawn(threads_[random(2)]->context(), stop_soon(stop, random(30)), "stop");
           auto buffer = std::make_unique<std::vector<std::byte>>(size);
           done = co_await client_->read(begin + at, *buffer, stop.get_token(),
@@ -208,7 +210,7 @@ class ClientAndServer : public testing::TestWithParam<nbd::ReplyStyle> {
   std::unique_ptr<NbdServer> server_;
   nbd::NbdClientOptions options_;
   std::unique_ptr<NbdClient> client_;
-  std::atomic<std::size_t> running_{0};
+  std::atomic<std::size_t> running_{0};  // workers, and those who stop their requests
   std::atomic<int> done_{0};
   std::atomic<int> wrong_{0};
   std::atomic<int> left_{0};
