@@ -11,6 +11,7 @@
 #include <getopt.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <sys/un.h>
@@ -60,6 +61,7 @@ constexpr size_t kReplyBytes = 16;
 // waiting for the client to read.
 constexpr unsigned kMaxDepth = 1024;
 constexpr unsigned kMaxConnections = 256;
+constexpr unsigned kMaxIdle = 10000;
 constexpr size_t kMaxBlockBytes = 32u << 20;
 constexpr size_t kReceiveBytes = 256u << 10;
 
@@ -93,6 +95,8 @@ struct Options {
   std::string pattern = "randread";
   bool write = false;
   bool random = true;
+  bool fill = false;
+  bool idle = false;
   size_t block_bytes = 4096;
   unsigned depth = 1;
   unsigned connections = 1;
@@ -242,18 +246,20 @@ class Connection {
         phase_(phase),
         random_((index + 1) * 0x9e3779b97f4a7c15ULL),
         slots_(options.depth),
-        receive_(std::max(kReceiveBytes, options.block_bytes + kReplyBytes)),
+        receive_(std::max(options.idle ? 0 : kReceiveBytes, options.block_bytes + kReplyBytes)),
         requests_(options.depth * kRequestBytes) {
     if (options.write) {
       payload_.resize(options.block_bytes);
       for (size_t i = 0; i < payload_.size(); ++i) payload_[i] = static_cast<uint8_t>(i * 131 + 7);
     }
+    const uint64_t start_ns = now_ns();
     fd_ = connect_to(parse_uri(options.uri));
     // A server that hangs is an error, not a client that waits for ever.
     const timeval limit{10, 0};
     ::setsockopt(fd_, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
     ::setsockopt(fd_, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
     negotiate(parse_uri(options.uri).name);
+    greeting_ns_ -= start_ns;
     blocks_ = size_ / options.block_bytes;
     if (blocks_ == 0) fail("the export is smaller than one block");
     next_block_ = blocks_ / options.connections * index;
@@ -266,19 +272,27 @@ class Connection {
 
   // Keeps `depth` requests in flight until the phase is over, then waits for the last of them.
   void run() {
-    for (unsigned slot = 0; slot < options_.depth; ++slot) issue(slot);
+    run_some();
+    uint8_t request[kRequestBytes];
+    fill_request(request, kCommandDisconnect, 0, 0, 0);
+    send_all(request, sizeof(request));
+  }
+
+  // The same, and stays connected.
+  void run_some() {
+    for (unsigned slot = 0; slot < options_.depth && may_issue(); ++slot) issue(slot);
     flush();
     while (in_flight_ > 0) {
       const size_t received = receive_some();
       parse(received);
       flush();
     }
-    uint8_t request[kRequestBytes];
-    fill_request(request, kCommandDisconnect, 0, 0, 0);
-    send_all(request, sizeof(request));
   }
 
   const Histogram& latencies() const { return latencies_; }
+
+  // From the call of connect() until the server's greeting was there.
+  uint64_t greeting_ns() const { return greeting_ns_; }
 
  private:
   struct Slot {
@@ -305,6 +319,7 @@ class Connection {
   void negotiate(const std::string& name) {
     uint8_t greeting[18];
     receive_all(greeting, sizeof(greeting));
+    greeting_ns_ = now_ns();
     if (get<uint64_t>(greeting) != kGreetingMagic || get<uint64_t>(greeting + 8) != kOptionMagic) {
       fail("not a newstyle NBD server");
     }
@@ -367,12 +382,15 @@ class Connection {
 
   // Queues one request; flush() sends all that are queued.
   void issue(unsigned slot) {
+    ++issued_;
     fill_request(requests_.data() + queued_ * kRequestBytes,
                  options_.write ? kCommandWrite : kCommandRead, slot, next_offset(),
                  static_cast<uint32_t>(options_.block_bytes));
     queued_slots_[queued_++] = slot;
     ++in_flight_;
   }
+
+  bool may_issue() const { return !options_.fill || issued_ < blocks_; }
 
   void flush() {
     if (queued_ == 0) return;
@@ -464,7 +482,7 @@ class Connection {
     if (phase == Phase::kTimed) latencies_.add(now - slots_[slot_].issued_ns);
     slots_[slot_].issued_ns = 0;
     --in_flight_;
-    if (phase != Phase::kOver) issue(slot_);
+    if (phase != Phase::kOver && may_issue()) issue(slot_);
   }
 
   const Options& options_;
@@ -486,6 +504,8 @@ class Connection {
   uint64_t size_ = 0;
   uint64_t blocks_ = 0;
   uint64_t next_block_ = 0;
+  uint64_t issued_ = 0;
+  uint64_t greeting_ns_ = 0;
   Histogram latencies_;
 };
 
@@ -508,10 +528,13 @@ constexpr char kUsage[] =
     R"(usage: nbd_load [options] URI
 
   URI                 nbd+unix:///NAME?socket=PATH or nbd://HOST:PORT/NAME
-  --pattern PATTERN   randread (default), randwrite, read or write
+  --pattern PATTERN   randread (default), randwrite, read, write, or fill: each block is written
+                      once, and nothing is measured
   --bs BYTES          size of a request, K and M allowed (default 4096)
   --depth N           requests in flight on each connection (default 1)
   --connections N     connections, a thread each (default 1)
+  --idle              open the connections one after the other, read once from each, and leave them
+                      open: how long that takes, and what memory of the server (--server-pid)
   --seconds S         length of the timed part (default 3)
   --warmup S          before it (default 0.3)
   --spin-us US        poll the socket so long before sleeping (default 0)
@@ -544,6 +567,7 @@ Options parse_options(int argc, char** argv) {
                           {"spin-us", required_argument, nullptr, 'u'},
                           {"server-pid", required_argument, nullptr, 'P'},
                           {"json", no_argument, nullptr, 'j'},
+                          {"idle", no_argument, nullptr, 'i'},
                           {"help", no_argument, nullptr, 'h'},
                           {nullptr, 0, nullptr, 0}};
   int which = 0;
@@ -562,7 +586,7 @@ Options parse_options(int argc, char** argv) {
         options.depth = static_cast<unsigned>(value(1, kMaxDepth));
         break;
       case 'c':
-        options.connections = static_cast<unsigned>(value(1, kMaxConnections));
+        options.connections = static_cast<unsigned>(value(1, kMaxIdle));
         break;
       case 's':
         options.seconds = value(0.01, 86400);
@@ -579,6 +603,9 @@ Options parse_options(int argc, char** argv) {
       case 'j':
         options.json = true;
         break;
+      case 'i':
+        options.idle = true;
+        break;
       case 'h':
         std::fputs(kUsage, stdout);
         std::exit(0);
@@ -593,13 +620,72 @@ Options parse_options(int argc, char** argv) {
   }
   options.uri = argv[optind];
   options.random = options.pattern.starts_with("rand");
-  options.write = options.pattern.ends_with("write");
-  constexpr std::array kPatterns = {"randread", "randwrite", "read", "write"};
+  options.fill = options.pattern == "fill";
+  options.write = options.fill || options.pattern.ends_with("write");
+  constexpr std::array kPatterns = {"randread", "randwrite", "read", "write", "fill"};
   if (std::ranges::find(kPatterns, options.pattern) == kPatterns.end()) {
     std::fprintf(stderr, "nbd_load: unknown pattern %s\n", options.pattern.c_str());
     std::exit(2);
   }
+  if (!options.idle && options.connections > (options.fill ? 1 : kMaxConnections)) {
+    std::fprintf(stderr, "nbd_load: too many connections\n");
+    std::exit(2);
+  }
   return options;
+}
+
+int run_fill(const Options& options) {
+  const std::atomic<Phase> phase{Phase::kWarmUp};
+  Connection(options, phase, 0).run();
+  return 0;
+}
+
+// The memory of a process, that which it shares counted as its part of it.
+double pss_kib(long pid) {
+  std::ifstream file("/proc/" + std::to_string(pid) + "/smaps_rollup");
+  for (std::string line; std::getline(file, line);) {
+    unsigned long kib = 0;
+    if (std::sscanf(line.c_str(), "Pss: %lu", &kib) == 1) return static_cast<double>(kib);
+  }
+  fail("cannot read the memory of process " + std::to_string(pid));
+}
+
+int run_idle(const Options& options) {
+  rlimit limit{};
+  ::getrlimit(RLIMIT_NOFILE, &limit);
+  limit.rlim_cur = limit.rlim_max;
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+  // One request each: another would follow while the phase is not over.
+  const std::atomic<Phase> phase{Phase::kOver};
+  const double before = options.server_pid == 0 ? 0 : pss_kib(options.server_pid);
+  Histogram greetings;
+  Histogram replies;
+  std::vector<std::unique_ptr<Connection>> connections;
+  for (unsigned i = 0; i < options.connections; ++i) {
+    const uint64_t start_ns = now_ns();
+    connections.push_back(std::make_unique<Connection>(options, phase, i));
+    connections.back()->run_some();
+    replies.add(now_ns() - start_ns);
+    greetings.add(connections.back()->greeting_ns());
+  }
+  double pss = 0;
+  if (options.server_pid != 0) {
+    pss = (pss_kib(options.server_pid) - before) / options.connections;
+  }
+  std::printf(options.json
+                  ? "{\"connections\": %u, \"greeting_p50_us\": %.1f, \"greeting_p99_us\": %.1f, "
+                    "\"reply_p50_us\": %.1f, \"reply_p99_us\": %.1f"
+                  : "%u connections; greeted after p50 %.1f us, p99 %.1f us; first block read "
+                    "after p50 %.1f us, p99 %.1f us\n",
+              options.connections, greetings.percentile_us(50), greetings.percentile_us(99),
+              replies.percentile_us(50), replies.percentile_us(99));
+  if (options.server_pid != 0) {
+    std::printf(options.json ? ", \"pss_kib_per_connection\": %.2f"
+                             : "server: %.2f KiB of memory (PSS) a connection\n",
+                pss);
+  }
+  if (options.json) std::printf("}\n");
+  return 0;
 }
 
 int run(const Options& options) {
@@ -666,7 +752,7 @@ int run(const Options& options) {
 int main(int argc, char** argv) {
   const Options options = parse_options(argc, argv);
   try {
-    return run(options);
+    return options.fill ? run_fill(options) : options.idle ? run_idle(options) : run(options);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "nbd_load: %s\n", error.what());
     return 1;

@@ -24,6 +24,8 @@ if(TARGET roost)
   install(TARGETS roost RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT program)
 endif()
 install(FILES docs/man/roost.1 DESTINATION ${CMAKE_INSTALL_MANDIR}/man1 COMPONENT program)
+install(FILES docs/man/roost-nbd-protocol.7 DESTINATION ${CMAKE_INSTALL_MANDIR}/man7
+  COMPONENT program)
 
 # gdb's commands, for whoever sources them. Under the prefix /usr, where gdb looks, it loads the
 # second copy by itself together with the program.

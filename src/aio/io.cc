@@ -132,7 +132,6 @@ std::int64_t find_extents(int fd, std::span<FileExtent> to, off_t at, off_t end)
       }
       if (std::exchange(at_data, false)) continue;
     }
-    next = std::min(next, end);
     if (next > at) {
       const bool hole = !at_data;
       if (count > 0 && to[count - 1].hole == hole) {

@@ -436,6 +436,43 @@ TEST(SimulatedDisks, WhereThereAreNoHolesAllIsData) {
   EXPECT_EQ(*file.wait(file.disk().block_status(0, 4096, 9)), (Extents{data(4096)}));
 }
 
+// The next question that reaches the disk fails.
+TEST(SimulatedDisks, WhoAsksWithinDataThatIsKnownNeedsNoWorker) {
+  SimulatedFile file(1);
+  ASSERT_TRUE(file.write(0, pattern(32'768)));
+  const auto ask = [&](std::uint64_t offset, std::uint64_t length) {
+    return file.wait(file.disk().block_status(offset, length, 9));
+  };
+  const auto fail_next = [&] {
+    file.simulation().fail_next(file.fd(), IoRequest::Op::kFindExtents, EIO);
+  };
+  EXPECT_EQ(*ask(0, 65'536), (Extents{data(32'768), hole(32'768)}));
+  fail_next();
+  EXPECT_EQ(*ask(0, 32'768), (Extents{data(32'768)}));
+  EXPECT_EQ(*ask(512, 100), (Extents{data(100)}));
+  EXPECT_FALSE(ask(512, 32'768)) << "a part of it is not known";
+  fail_next();
+  EXPECT_FALSE(ask(40'000, 100)) << "that a hole is one is not known";
+  // What may have made a hole ends it.
+  ASSERT_TRUE(file.wait(file.disk().discard(0, 512)));
+  EXPECT_EQ(*ask(0, 32'768), (Extents{hole(512), data(32'256)}));
+  ASSERT_TRUE(file.wait(file.disk().write_zeroes(512, 512, {})));
+  EXPECT_EQ(*ask(512, 32'256), (Extents{hole(512), data(31'744)}));
+  ASSERT_TRUE(file.wait(file.disk().resize(1'024)));
+  ASSERT_TRUE(file.wait(file.disk().resize(8'192)));
+  EXPECT_EQ(*ask(1'024, 7'168), (Extents{hole(7'168)}));
+}
+
+TEST_P(DiskExtents, APartOfAPieceOfDataTellsOfAllOfIt) {
+  auto disk = make_sparse_file();
+  if (!has_holes(*disk)) GTEST_SKIP() << "a file system without holes";
+  EXPECT_EQ(status(*disk, 2 * kBlock, 10), (Extents{data(10)}));
+  // Whoever asked the file again would notice.
+  ASSERT_EQ(::truncate(path("disk").c_str(), 0), 0);
+  EXPECT_EQ(status(*disk, 3 * kBlock, kBlock), (Extents{data(kBlock)}));
+  EXPECT_FALSE(wait(disk->block_status(4 * kBlock, 1, 10)));
+}
+
 TEST(SimulatedDisks, ErrorsNameTheDiskTheOffsetAndTheCause) {
   SimulatedFile file(1);
   file.simulation().fail_next(file.fd(), IoRequest::Op::kFindExtents, EIO);

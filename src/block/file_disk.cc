@@ -67,6 +67,44 @@ class RemainingBuffers {
   std::uint64_t left_ = 0;
 };
 
+// The largest piece of data that was found last: who asks within it, for instance what of a read is
+// zeroes, need not ask a worker. To take a hole for data is never wrong, so it may be out of date;
+// only when the disk itself makes a hole is it forgotten.
+//
+// Threads: any.
+class KnownData {
+ public:
+  bool covers(std::uint64_t offset, std::uint64_t length) {
+    std::lock_guard lock(mutex_);
+    return offset >= begin_ && offset + length <= end_;
+  }
+
+  /// `generation` is from before it was looked for: what was forgotten since is not learnt again.
+  void learn(std::uint64_t offset, std::uint64_t length, std::uint64_t generation) {
+    std::lock_guard lock(mutex_);
+    if (generation != generation_) return;
+    begin_ = offset;
+    end_ = offset + length;
+  }
+
+  std::uint64_t generation() {
+    std::lock_guard lock(mutex_);
+    return generation_;
+  }
+
+  void forget() {
+    std::lock_guard lock(mutex_);
+    ++generation_;
+    begin_ = end_ = 0;
+  }
+
+ private:
+  std::mutex mutex_;  // guards all
+  std::uint64_t begin_ = 0;
+  std::uint64_t end_ = 0;
+  std::uint64_t generation_ = 0;  // so often was it forgotten
+};
+
 class FileDisk final : public BlockDriver {
  public:
   FileDisk(std::string name, std::uint64_t size, bool read_only, UniqueFd fd,
@@ -131,6 +169,7 @@ class FileDisk final : public BlockDriver {
   Task<Result<void>> discard(std::uint64_t offset, std::uint64_t length) override {
     if (length == 0) co_return Result<void>();
     const std::int64_t result = co_await allocate(FALLOC_FL_PUNCH_HOLE, offset, length);
+    known_data_.forget();
     // Advice: where the file system cannot, nothing is wrong.
     if (result < 0 && result != -EOPNOTSUPP && result != -EINVAL) {
       co_return fail(static_cast<int>(-result), describe("punch a hole in", offset, length));
@@ -147,6 +186,7 @@ class FileDisk final : public BlockDriver {
     }
     const int mode = flags.may_unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
     const std::int64_t result = co_await allocate(mode, offset, length);
+    known_data_.forget();
     if (result == 0) {
       if (flags.fua) co_return co_await flush();
       co_return Result<void>();
@@ -171,6 +211,11 @@ class FileDisk final : public BlockDriver {
       extents.push_back({.length = length, .hole = false, .zero = false});
       co_return extents;
     }
+    if (known_data_.covers(offset, length)) {
+      extents.push_back({.length = length, .hole = false, .zero = false});
+      co_return extents;
+    }
+    const std::uint64_t generation = known_data_.generation();
     std::vector<FileExtent> found(std::min(max_extents, kExtentsAtOnce));
     const std::int64_t count = co_await io_find_extents(fd_.get(), found, offset, length);
     if (count == -EINVAL || count == -EOPNOTSUPP) {
@@ -186,9 +231,19 @@ class FileDisk final : public BlockDriver {
     }
     found.resize(static_cast<std::size_t>(count));
     extents.reserve(found.size());
+    std::uint64_t largest = 0;
+    std::uint64_t largest_at = 0;
     for (const FileExtent& one : found) {
-      extents.push_back({.length = one.length, .hole = one.hole, .zero = one.hole});
+      if (!one.hole && one.length > largest) {
+        largest = one.length;
+        largest_at = offset;
+      }
+      extents.push_back(
+          {.length = std::min(one.length, length), .hole = one.hole, .zero = one.hole});
+      offset += one.length;
+      length -= extents.back().length;
     }
+    if (largest > 0) known_data_.learn(largest_at, largest, generation);
     co_return extents;
   }
 
@@ -216,6 +271,7 @@ class FileDisk final : public BlockDriver {
       co_return fail(EFBIG, what);
     }
     const std::int64_t result = co_await io_truncate(fd_.get(), new_size);
+    known_data_.forget();
     if (result < 0) co_return fail(static_cast<int>(-result), what);
     set_size(new_size);
     co_return Result<void>();
@@ -396,6 +452,8 @@ class FileDisk final : public BlockDriver {
   const std::optional<DirectAlignment> direct_;  // none: through the page cache
   const bool device_;                            // no regular file
   RangeLock writes_;                             // with O_DIRECT: what writes under way touch
+
+  KnownData known_data_;
 
   std::mutex flush_mutex_;
   Waiter* next_flush_ = nullptr;  // guarded: wait for the next sync

@@ -20,6 +20,8 @@ constexpr const char* kServeExamples = R"(Examples:
       Make a sparse image of 10 GiB, if there is none, and serve it over TCP.
   roost serve system=/dev/sdb1 scratch=mem:4G --iothreads 4 --listen unix:/run/roost.sock
       Two named exports, spread over four I/O threads.
+  roost serve disk.img --listen tcp:0.0.0.0:10809 --tls-creds /etc/pki/nbd --tls-verify-peer
+      Only clients with a certificate of our authority, and encrypted.
   nbdinfo 'nbd+unix:///?socket=roost.sock'
       See what a running server offers.
 )";
@@ -75,9 +77,36 @@ int run(int argc, char** argv) {
                    "it is the default export")
       ->required();
   serve
-      ->add_option("--listen", listen,
-                   "unix:PATH or tcp:HOST:PORT (IPv6 in brackets, port 0 picks one); may be "
-                   "repeated (default: unix:./roost.sock)")
+      ->add_option(
+          "--listen", listen,
+          "unix:PATH, tcp:HOST:PORT (IPv6 in brackets, port 0 picks one; all addresses of a "
+          "name) or vsock:CID:PORT; may be repeated (default: the sockets of LISTEN_FDS, or "
+          "else unix:./roost.sock)")
+      ->allow_extra_args(false);
+  const std::map<std::string, roost::nbd::TlsPolicy> tls_policies{
+      {"off", roost::nbd::TlsPolicy::kUnsupported},
+      {"allowed", roost::nbd::TlsPolicy::kAllowed},
+      {"required", roost::nbd::TlsPolicy::kRequired}};
+  CLI::Option* const tls =
+      serve
+          ->add_option("--tls", options.tls,
+                       "off, allowed or required (the default with --tls-creds or --tls-psk)")
+          ->transform(CLI::CheckedTransformer(tls_policies).description(""))
+          ->type_name("POLICY")
+          ->default_str("off");
+  serve
+      ->add_option("--tls-creds", options.tls_directory,
+                   "Folder with ca-cert.pem, server-cert.pem and server-key.pem")
+      ->type_name("DIR");
+  serve->add_option("--tls-psk", options.tls_psk, "File of pre-shared keys, a line NAME:KEY each")
+      ->type_name("FILE");
+  serve->add_flag("--tls-verify-peer", options.tls_verify_peer,
+                  "Let in only clients with a certificate that ca-cert.pem has signed");
+  serve
+      ->add_option("--tls-allow", options.tls_allow,
+                   "Let in only clients of this NAME: the distinguished name of a certificate, or "
+                   "the name of a pre-shared key; may be repeated")
+      ->type_name("NAME")
       ->allow_extra_args(false);
   serve->add_option("--iothreads", options.iothreads, "I/O threads to serve clients from")
       ->check(CLI::Range(1, 1024))
@@ -113,7 +142,14 @@ int run(int argc, char** argv) {
                    "seconds a client may take to negotiate")
       ->check(CLI::Range(1, 86'400))
       ->capture_default_str();
+  serve
+      ->add_option("--max-connections", options.max_connections,
+                   "clients at one time; one more is turned away; 0: any number")
+      ->check(CLI::Range(0, 1'000'000))
+      ->capture_default_str();
   serve->add_flag("--read-only", options.read_only, "Refuse writes");
+  serve->add_flag("--allow-resize", options.allow_resize,
+                  "Let clients change the size of disks that can");
   serve
       ->add_option("--create", create_size,
                    "Make files that do not exist, sparse, of this SIZE (K, M, G, T)")
@@ -143,7 +179,15 @@ int run(int argc, char** argv) {
     options.explain = true;
   }
   if (const std::string wrong = check_aio(options); !wrong.empty()) return usage_error(wrong);
-  if (listen.empty()) listen = {"unix:./roost.sock"};
+  const bool has_credentials = !options.tls_directory.empty() || !options.tls_psk.empty();
+  if (has_credentials && tls->count() == 0) options.tls = roost::nbd::TlsPolicy::kRequired;
+  if (options.tls != roost::nbd::TlsPolicy::kUnsupported && !has_credentials) {
+    return usage_error("--tls needs --tls-creds or --tls-psk");
+  }
+  if (options.tls == roost::nbd::TlsPolicy::kUnsupported &&
+      (options.tls_verify_peer || !options.tls_allow.empty())) {
+    return usage_error("--tls-verify-peer and --tls-allow need TLS");
+  }
   for (const std::string& text : listen) {
     const auto address = roost::SocketAddress::parse(text);
     if (!address) return usage_error(address.error());

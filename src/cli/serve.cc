@@ -6,6 +6,7 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
@@ -25,6 +26,7 @@
 #include "roost/aio/tracer.h"
 #include "roost/block/block_driver.h"
 #include "roost/export/nbd_server.h"
+#include "roost/io/tls.h"
 
 namespace roost::cli {
 
@@ -62,6 +64,20 @@ Result<std::vector<Disk>> open_disks(const ServeOptions& options) {
     disks.push_back({std::move(name), std::move(*driver)});
   }
   return disks;
+}
+
+// Those of a service manager and those that were asked for; where there are neither, the default.
+Result<std::vector<ListenSocket>> open_sockets(const ServeOptions& options) {
+  Result<std::vector<ListenSocket>> sockets = take_activated_sockets();
+  if (!sockets) return sockets;
+  std::vector<SocketAddress> addresses = options.listen;
+  if (addresses.empty() && sockets->empty()) addresses.push_back({.path = "./roost.sock"});
+  for (const SocketAddress& address : addresses) {
+    Result<std::vector<ListenSocket>> all = ListenSocket::open_all(address);
+    if (!all) return all;
+    for (ListenSocket& socket : *all) sockets->push_back(std::move(socket));
+  }
+  return sockets;
 }
 
 // The signals that the program heeds, as a descriptor. They have to be blocked before any thread
@@ -161,6 +177,7 @@ class TraceFile {
 
 void announce(const ServeOptions& options, const std::vector<Disk>& disks,
               const std::vector<ListenSocket>& sockets, const char* event_loop) {
+  const bool tls = options.tls == nbd::TlsPolicy::kRequired;
   if (options.json) {
     nlohmann::json out{{"event_loop", event_loop},
                        {"aio", aio_name(options, event_loop)},
@@ -169,7 +186,7 @@ void announce(const ServeOptions& options, const std::vector<Disk>& disks,
                        {"exports", nlohmann::json::array()}};
     for (const Disk& disk : disks) {
       nlohmann::json uris = nlohmann::json::array();
-      for (const ListenSocket& socket : sockets) uris.push_back(socket.uri(disk.export_name));
+      for (const ListenSocket& socket : sockets) uris.push_back(socket.uri(disk.export_name, tls));
       out["exports"].push_back({{"name", disk.export_name},
                                 {"disk", disk.driver->name()},
                                 {"size", disk.driver->size()},
@@ -179,7 +196,8 @@ void announce(const ServeOptions& options, const std::vector<Disk>& disks,
     fmt::print("{}\n", out.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
   } else {
     for (const Disk& disk : disks) {
-      for (const ListenSocket& socket : sockets) fmt::print("{}\n", socket.uri(disk.export_name));
+      for (const ListenSocket& socket : sockets)
+        fmt::print("{}\n", socket.uri(disk.export_name, tls));
     }
     if (options.explain) {
       fmt::print("Connect with: nbdinfo '{0}'  or  qemu-img info '{0}'\n",
@@ -213,14 +231,26 @@ int serve_or_throw(const ServeOptions& options) {
     return 1;
   }
 
-  std::vector<ListenSocket> sockets;
-  for (const SocketAddress& address : options.listen) {
-    auto socket = ListenSocket::open(address);
-    if (!socket) {
-      report(socket.error().message());
+  auto sockets = open_sockets(options);
+  if (!sockets) {
+    report(sockets.error().message());
+    return 1;
+  }
+
+  std::shared_ptr<const TlsCredentials> credentials;
+  if (options.tls != nbd::TlsPolicy::kUnsupported) {
+    auto loaded = TlsCredentials::load(
+        {.role = TlsRole::kServer,
+         .directory = options.tls_directory,
+         .psk_file = options.tls_psk,
+         // A pre-shared key is as good a proof.
+         .verify_peer =
+             options.tls_verify_peer || (!options.tls_allow.empty() && options.tls_psk.empty())});
+    if (!loaded) {
+      report(loaded.error().message());
       return 1;
     }
-    sockets.push_back(std::move(*socket));
+    credentials = std::move(*loaded);
   }
 
   // Before the contexts, which they outlive.
@@ -250,7 +280,15 @@ int serve_or_throw(const ServeOptions& options) {
   NbdServer::Options server_options{.main_context = main_context.get(),
                                     .io_contexts = {},
                                     .limits = {},
+                                    .max_connections = options.max_connections,
+                                    .tls = options.tls,
+                                    .credentials = credentials,
                                     .log = [](const std::string& line) { report(line); }};
+  if (!options.tls_allow.empty()) {
+    server_options.authorize = [allowed = options.tls_allow](const std::string& who) {
+      return std::ranges::find(allowed, who) != allowed.end();
+    };
+  }
   server_options.limits.handshake_timeout_ns = options.handshake_timeout_s * 1'000'000'000;
   for (unsigned i = 0; i < options.iothreads; ++i) {
     threads.push_back(std::make_unique<IOThread>(context_options(fmt::format("iothread{}", i))));
@@ -258,11 +296,15 @@ int serve_or_throw(const ServeOptions& options) {
   }
 
   std::vector<NbdServer::Export> exports;
-  for (const Disk& disk : *disks) exports.push_back({disk.export_name, disk.driver.get()});
+  for (const Disk& disk : *disks) {
+    exports.push_back({.name = disk.export_name,
+                       .disk = disk.driver.get(),
+                       .allow_resize = options.allow_resize});
+  }
   NbdServer server(std::move(server_options), std::move(exports));
 
-  announce(options, *disks, sockets, threads.front()->context().back_end_name());
-  for (ListenSocket& socket : sockets) server.listen(std::move(socket));
+  announce(options, *disks, *sockets, threads.front()->context().back_end_name());
+  for (ListenSocket& socket : *sockets) server.listen(std::move(socket));
 
   bool stopping = false;
   bool idle = false;

@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "export/nbd_connection.h"
 
-#include <linux/sockios.h>
-#include <sys/ioctl.h>
-#include <sys/socket.h>
-
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -14,8 +10,9 @@
 #include <vector>
 
 #include "export/extents.h"
-#include "roost/aio/io.h"
+#include "roost/aio/stop_relay.h"
 #include "roost/base/bytes.h"
+#include "roost/io/tls.h"
 
 namespace roost {
 
@@ -30,16 +27,17 @@ constexpr std::size_t kMaxRepliesPerSend = 256;
 // Lines about failed requests that one connection may write to the log.
 constexpr unsigned kMaxLoggedErrors = 8;
 
-// How long a client may take to fetch its last replies, how often to look, and how long nothing
-// must have come from one that had more to say: longer than its kernel waits to try again.
+// How long a client may take to fetch its last replies.
 constexpr std::int64_t kLingerNs = 5'000'000'000;
-constexpr std::int64_t kLingerStepNs = 2'000'000;
-constexpr int kLingerQuietSteps = 150;
 
 // Reads from here on are worth a question for zeroes that need not be sent, and how many extents to
 // ask for.
 constexpr std::uint64_t kSparseRead = 64 << 10;
 constexpr std::size_t kSparseReadExtents = 32;
+
+// What one CACHE reads ahead: a request of 28 bytes shall not push everything else out of the
+// cache.
+constexpr std::uint64_t kMostCached = 64 << 20;
 
 // What one BLOCK_STATUS may bring.
 constexpr std::size_t kMaxStatusExtents = 4096;
@@ -106,31 +104,23 @@ struct NbdConnection::WritePayload {
   std::size_t rest_size = 0;
 };
 
-NbdConnection::NbdConnection(NbdServer& server, UniqueFd socket)
-    : server_(server), socket_(std::move(socket)), peer_(describe_peer(socket_.get())) {}
+NbdConnection::NbdConnection(NbdServer& server, std::unique_ptr<Channel> channel)
+    : server_(server), peer_(channel->name()), channel_(std::move(channel)) {}
 
 NbdConnection::~NbdConnection() {
   static_assert(offsetof(Reply, header) + nbd::kMaxDataHeader == sizeof(Reply));
 }
 
-void NbdConnection::stop() noexcept {
-  stopping_.store(true, std::memory_order_relaxed);
-  // Ends a receive that waits; a system call orders the store well enough for the reader's next.
-  ::shutdown(socket_.get(), SHUT_RD);
-}
+void NbdConnection::stop() noexcept { stop_.request_stop(); }
 
-void NbdConnection::disconnect() noexcept {
-  stopping_.store(true, std::memory_order_relaxed);
-  disconnected_.store(true);
-  ::shutdown(socket_.get(), SHUT_RDWR);
-}
+void NbdConnection::disconnect() noexcept { disconnect_.request_stop(); }
 
 // Only the first reason is worth a line: what follows is its consequence.
 void NbdConnection::give_up(std::string_view why) noexcept {
   if (dead_) return;
   dead_ = true;
   log([&] { return std::string(why) + "; connection closed"; });
-  ::shutdown(socket_.get(), SHUT_RDWR);
+  if (channel_) channel_->abort();
 }
 
 // A line with the names of the export and the peer in front; none if there is no memory for it.
@@ -154,96 +144,80 @@ Task<void> NbdConnection::run(std::shared_ptr<NbdConnection> self) {
   self->server_.connection_ended(*self);
 }
 
-// ---- The socket: all that is received and sent
-
-IoAwaiter NbdConnection::receive_some(std::span<std::byte> to, int flags) noexcept {
-  return io_recv(socket_.get(), to, flags);
-}
-
-IoAwaiter NbdConnection::send_some(const msghdr& message, int flags) noexcept {
-  return io_sendmsg(socket_.get(), message, flags);
-}
-
-Task<bool> NbdConnection::receive_all(std::span<std::byte> to) {
-  while (!to.empty()) {
-    const std::int64_t n = co_await receive_some(to, MSG_WAITALL);
-    if (n <= 0) co_return false;
-    to = to.subspan(static_cast<std::size_t>(n));
-  }
-  co_return true;
-}
-
-Task<bool> NbdConnection::send_all(std::span<const std::byte> bytes) {
-  while (!bytes.empty()) {
-    iovec piece{const_cast<std::byte*>(bytes.data()), bytes.size()};
-    msghdr message{};
-    message.msg_iov = &piece;
-    message.msg_iovlen = 1;
-    const std::int64_t n = co_await send_some(message);
-    if (n < 0) co_return false;
-    bytes = bytes.subspan(static_cast<std::size_t>(n));
-  }
-  co_return true;
-}
+// ---- The negotiation
 
 // The server's side of the handshake; from then on, what is received and sent is encrypted.
-Task<bool> NbdConnection::start_tls() {
-  give_up("TLS is not available");
-  co_return false;
+Task<Result<void>> NbdConnection::start_tls(std::stop_token stop) {
+  auto secure = co_await TlsChannel::handshake(std::move(channel_), server_.options_.credentials,
+                                               {}, std::move(stop));
+  if (!secure) co_return std::unexpected(secure.error());
+  const std::string& who = (*secure)->peer_name();
+  channel_ = std::move(*secure);
+  encrypted_ = true;
+  if (server_.options_.authorize && !server_.options_.authorize(who)) {
+    co_return fail(EACCES, "client '" + who + "' is not authorised");
+  }
+  co_return Result<void>();
 }
 
-// ---- The negotiation
+// An error is the client's: it has gone, or what it did is no TLS.
+Task<Result<void>> NbdConnection::negotiate(nbd::ServerNegotiation& negotiation,
+                                            std::span<const std::byte>& input,
+                                            std::stop_token stop) {
+  using State = nbd::ServerNegotiation::State;
+  bool heard_of = false;
+  for (;;) {
+    input = input.subspan(negotiation.feed(input));
+    const State state = negotiation.state();
+    // Before the client is told that it has what it chose.
+    if (state == State::kTransmission) {
+      const Result<void> entered = co_await enter_export(negotiation.selection().export_id, stop);
+      if (!entered) co_return entered;
+    }
+    if (!negotiation.output().empty()) {
+      const Result<void> sent = co_await channel_->write_full(negotiation.output(), stop);
+      if (!sent) co_return sent;
+      negotiation.drain_output(negotiation.output().size());
+      // There may be more of it.
+      if (state == State::kNegotiating) continue;
+    }
+    if (state == State::kStartTls) {
+      const Result<void> secured = co_await start_tls(stop);
+      if (!secured) co_return secured;
+      negotiation.tls_started();
+    } else if (state != State::kNegotiating) {
+      co_return Result<void>();
+    } else if (input.empty()) {
+      const Result<std::size_t> n = co_await channel_->read(chunk_->bytes, stop);
+      if (!n) co_return std::unexpected(n.error());
+      // One that never said a word has only looked whether somebody is there: nothing for the log.
+      if (*n == 0) co_return fail(heard_of ? ECONNRESET : ECANCELED, "negotiate with " + peer_);
+      heard_of = true;
+      input = std::span<const std::byte>(chunk_->bytes, *n);
+    }
+  }
+}
 
 Task<bool> NbdConnection::negotiate() {
   using State = nbd::ServerNegotiation::State;
-  bool timed_out = false;
-  Timer timeout(*context_, [this, &timed_out] {
-    timed_out = true;
-    ::shutdown(socket_.get(), SHUT_RDWR);
-  });
-  timeout.arm_after(server_.options_.limits.handshake_timeout_ns);
-
+  StopScope patience(stop_.token());
+  patience.set_deadline(context_->clock().now_ns() + server_.options_.limits.handshake_timeout_ns);
   nbd::ServerNegotiation negotiation([this] { return server_.visible_exports(); },
                                      server_.options_.tls);
   chunk_ = std::make_shared_for_overwrite<Chunk>();
   std::span<const std::byte> input;
-  bool lost = false;
-  bool heard_of = false;
-  while (!lost &&
-         (negotiation.state() == State::kNegotiating || negotiation.state() == State::kStartTls)) {
-    input = input.subspan(negotiation.feed(input));
-    const State state = negotiation.state();
-    if (state == State::kTransmission || state == State::kFailed) break;
-    if (!negotiation.output().empty()) {
-      lost = !co_await send_all(negotiation.output());
-      negotiation.drain_output(negotiation.output().size());
-    } else if (state == State::kStartTls) {
-      lost = !co_await start_tls();
-      if (!lost) negotiation.tls_started();
-    } else if (state == State::kNegotiating) {
-      const std::int64_t n = co_await receive_some(chunk_->bytes);
-      lost = n <= 0;
-      if (!lost) {
-        heard_of = true;
-        input = std::span<const std::byte>(chunk_->bytes, static_cast<std::size_t>(n));
-      }
-    }
-  }
-  // Before the client is told that it has what it chose.
-  if (!lost && negotiation.state() == State::kTransmission) {
-    lost = !co_await enter_export(negotiation.selection().export_id, timed_out);
-  }
-  if (!lost && !negotiation.output().empty()) lost = !co_await send_all(negotiation.output());
-  timeout.cancel();
-
-  if (timed_out) {
+  const Result<void> ended = co_await negotiate(negotiation, input, patience.token());
+  patience.clear_deadline();
+  if (!ended && patience.reason() == StopScope::Reason::kDeadline) {
     give_up("negotiation timed out");
-  } else if (negotiation.state() == State::kFailed) {
-    give_up(negotiation.failure());
-  } else if (lost && heard_of && receiving()) {
+  } else if (!ended && ended.error().code() == ECONNRESET) {
     give_up("vanished during the negotiation");
+  } else if (!ended && ended.error().code() != ECANCELED) {
+    give_up(ended.error().message());
+  } else if (ended && negotiation.state() == State::kFailed) {
+    give_up(negotiation.failure());
   }
-  if (lost || negotiation.state() != State::kTransmission) co_return false;
+  if (!ended || negotiation.state() != State::kTransmission) co_return false;
 
   const nbd::ServerNegotiation::Selection& chosen = negotiation.selection();
   const NbdServer::Export& exported = place_.exported->config;
@@ -267,16 +241,13 @@ Task<bool> NbdConnection::negotiate() {
   co_return true;
 }
 
-Task<bool> NbdConnection::enter_export(std::uint64_t id, const bool& timed_out) {
+Task<Result<void>> NbdConnection::enter_export(std::uint64_t id, std::stop_token stop) {
   for (;;) {
     const NbdServer::Entry entry = server_.enter(*this, id, place_);
-    if (entry == NbdServer::Entry::kEntered) co_return true;
-    if (entry == NbdServer::Entry::kGone) {
-      give_up("the export it chose has gone");
-      co_return false;
-    }
-    if (timed_out || !receiving()) co_return false;
-    co_await sleep_for(kEnterRetryNs);
+    if (entry == NbdServer::Entry::kEntered) co_return Result<void>();
+    if (entry == NbdServer::Entry::kGone) co_return fail(ENOENT, "the export it chose has gone");
+    const Result<void> slept = co_await sleep_for(kEnterRetryNs, stop);
+    if (!slept) co_return slept;
   }
 }
 
@@ -309,7 +280,37 @@ void NbdConnection::wake_reader() noexcept {
 
 // ---- The reader
 
+// Brings a disconnect() home. It may be called with the server's mutex held, by the home thread too:
+// so nobody is entered.
+struct NbdConnection::Disconnection : StopRelay {
+  explicit Disconnection(NbdConnection& c)
+      : StopRelay(
+            *c.context_,
+            [](StopRelay& relay) noexcept {
+              NbdConnection& self = static_cast<Disconnection&>(relay).connection;
+              self.dead_ = true;
+              self.channel_->abort();
+              self.schedule_reader();
+            },
+            [](StopRelay& relay) noexcept {
+              auto& self = static_cast<Disconnection&>(relay);
+              self.arrived = true;
+              self.connection.schedule_reader();
+            }),
+        connection(c) {
+    watch(c.disconnect_.token());
+  }
+
+  NbdConnection& connection;
+  bool arrived = false;
+};
+
+void NbdConnection::schedule_reader() noexcept {
+  if (std::exchange(reader_waits_, false)) co_schedule(*context_, *reader_);
+}
+
 Task<void> NbdConnection::transmit() {
+  Disconnection disconnection(*this);
   sender_ = Coroutine::create(sender(), "nbd sender");
   sender_->enter();
   try {
@@ -324,37 +325,21 @@ Task<void> NbdConnection::transmit() {
     reader_waits_ = true;
     co_await yield();
   }
+  if (!disconnection.ended()) {
+    while (!disconnection.arrived) {
+      reader_waits_ = true;
+      co_await yield();
+    }
+  }
   // Nobody on this context is being answered: what is kept is of no use for now.
   if (reply_memory_->taken() == 0) reply_memory_->clear();
-  if (!dead_) co_await see_replies_off();
-}
-
-// Closing a TCP socket that holds, or still gets, unread data resets the connection, and what was
-// sent may be lost on either side: reads and forgets what comes until there is quiet and our side
-// has arrived, for as long as a client may take for that. The end of our side comes last, by the
-// close: once it is sent, data that comes resets the connection, too. (What a unix socket has sent
-// has arrived.)
-Task<void> NbdConnection::see_replies_off() {
-  int domain = 0;
-  socklen_t length = sizeof domain;
-  ::getsockopt(socket_.get(), SOL_SOCKET, SO_DOMAIN, &domain, &length);
-  const bool unix_socket = domain == AF_UNIX;
-  bool asked_for_more = false;
-  int quiet_steps = 0;
-  for (std::int64_t waited_ns = 0; waited_ns < kLingerNs && !disconnected_.load();
-       waited_ns += kLingerStepNs) {
-    ++quiet_steps;
-    while (::recv(socket_.get(), chunk_->bytes, kChunkSize, MSG_DONTWAIT) > 0) {
-      asked_for_more = true;
-      quiet_steps = 0;
-    }
-    int unsent = 0;
-    const bool arrived =
-        unix_socket || ::ioctl(socket_.get(), SIOCOUTQ, &unsent) < 0 || unsent == 0;
-    const bool quiet = unix_socket || !asked_for_more || quiet_steps >= kLingerQuietSteps;
-    if (arrived && quiet) break;
-    co_await sleep_for(kLingerStepNs);
+  if (dead_) co_return;
+  if (encrypted_) {
+    // The protocol wants the session ended. One that is not read is not missed.
+    const Result<void> ended = co_await channel_->shutdown(StreamEnd::kWrite, disconnect_.token());
+    if (!ended) co_return;
   }
+  co_await channel_->linger(kLingerNs, disconnect_.token());
 }
 
 Task<void> NbdConnection::read_requests() {
@@ -376,17 +361,16 @@ Task<void> NbdConnection::read_requests() {
           chunk_->filled = 0;
         }
         const std::span<std::byte> room = chunk_->room();
-        const std::int64_t n = co_await receive_some(room);
-        if (n <= 0) {
+        const Result<std::size_t> n = co_await channel_->read(room, stop_.token());
+        if (!n || *n == 0) {
           done = true;
-          if (receiving() && (n < 0 || !parser_.at_boundary())) {
-            give_up(n < 0 ? Error(static_cast<int>(-n), "receive").message()
-                          : "vanished in the middle of a request");
+          if (receiving() && (!n || !parser_.at_boundary())) {
+            give_up(n ? "vanished in the middle of a request" : n.error().message());
           }
           continue;
         }
-        input = room.first(static_cast<std::size_t>(n));
-        chunk_->filled += static_cast<std::size_t>(n);
+        input = room.first(*n);
+        chunk_->filled += *n;
         continue;
       }
       case nbd::RequestParser::Event::kRequest:
@@ -478,7 +462,9 @@ Task<bool> NbdConnection::accept_write(std::span<const std::byte>& input,
       reply_error(request, ENOMEM, request.length);
       co_return true;
     }
-    if (!co_await receive_all({payload.rest.get(), payload.rest_size})) {
+    const std::span<std::byte> rest(payload.rest.get(), payload.rest_size);
+    const Result<void> received = co_await channel_->read_full(rest, stop_.token());
+    if (!received) {
       if (receiving()) give_up("vanished in the middle of a write");
       give_place_back(request.length);  // there is nobody to answer
       co_return false;
@@ -497,7 +483,8 @@ Task<bool> NbdConnection::accept_status_query(std::span<const std::byte>& input,
   std::ranges::copy(front, query.begin());
   const std::span<std::byte> rest = std::span(query).subspan(front.size());
   if (!rest.empty()) {
-    if (!co_await receive_all(rest)) {
+    const Result<void> received = co_await channel_->read_full(rest, stop_.token());
+    if (!received) {
       if (receiving()) give_up("vanished in the middle of a request");
       give_place_back(kMaxStatusBytes);
       co_return false;
@@ -699,7 +686,7 @@ Task<void> NbdConnection::run_other(nbd::Request request) {
           .may_unmap = !request.no_hole(), .fua = request.fua(), .fast = request.fast_zero()};
       result = co_await disk_->write_zeroes(request.offset, request.length, flags);
     } else if (request.command == nbd::Command::kCache) {
-      result = co_await disk_->cache(request.offset, request.length);
+      result = co_await disk_->cache(request.offset, std::min(request.length, kMostCached));
     }
   } catch (const std::bad_alloc&) {
     result = out_of_memory();
@@ -785,36 +772,20 @@ Task<void> NbdConnection::sender() {
       co_await yield();
       continue;
     }
-    Reply* const first = first_reply_;
     std::size_t count = 0;
-    std::size_t left = 0;
-    for (Reply* reply = first; reply && count < pieces.size(); reply = reply->next) {
+    for (Reply* reply = first_reply_; reply && count < pieces.size(); reply = reply->next) {
       pieces[count++] = iovec{reply->bytes(), reply->size};
-      left += reply->size;
     }
-
-    std::span<iovec> unsent(pieces.data(), count);
-    while (left > 0 && !dead_) {
-      msghdr message{};
-      message.msg_iov = unsent.data();
-      message.msg_iovlen = unsent.size();
-      const std::int64_t n = co_await send_some(message, MSG_WAITALL);
-      if (n < 0) {
-        if (n != -EPIPE && n != -ECONNRESET) {
-          give_up(Error(static_cast<int>(-n), "send").message());
+    if (!dead_) {
+      const std::span<iovec> unsent(pieces.data(), count);
+      const Result<void> sent = co_await channel_->writev_in_place(unsent, disconnect_.token());
+      if (!sent) {
+        const int error = sent.error().code();
+        if (error != EPIPE && error != ECONNRESET && error != ECANCELED) {
+          give_up(sent.error().message());
         }
         dead_ = true;
-        ::shutdown(socket_.get(), SHUT_RDWR);
-        break;
-      }
-      left -= static_cast<std::size_t>(n);
-      for (auto sent = static_cast<std::size_t>(n); sent > 0 && left > 0;) {
-        iovec& piece = unsent.front();
-        const std::size_t part = std::min(sent, piece.iov_len);
-        piece.iov_base = static_cast<std::byte*>(piece.iov_base) + part;
-        piece.iov_len -= part;
-        sent -= part;
-        if (piece.iov_len == 0) unsent = unsent.subspan(1);
+        channel_->abort();
       }
     }
 

@@ -9,9 +9,6 @@
 //                 │   (waits while the client is over its limits)             │
 //                 └────────────────◀── a sent reply gives its place back ─────┘
 //
-// What there is to read and to write goes through receive_some(), receive_all(), send_some() and
-// send_all(); start_tls() is where a TLS session would come between them and the socket.
-//
 // Threads: the context the reader is on; stop() and disconnect() from any thread.
 // Lifetime: the server's set and the reader's frame each hold a shared_ptr; requests and the sender
 // have ended before the reader does.
@@ -24,16 +21,17 @@
 #include <string_view>
 
 #include "export/buffer_cache.h"
-#include "roost/aio/io.h"
 #include "roost/aio/timer.h"
 #include "roost/export/nbd_server.h"
+#include "roost/io/channel.h"
 #include "roost/nbd/transmission.h"
+#include "roost/sync/stop_scope.h"
 
 namespace roost {
 
 class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
  public:
-  NbdConnection(NbdServer& server, UniqueFd socket);
+  NbdConnection(NbdServer& server, std::unique_ptr<Channel> channel);
   ~NbdConnection();
 
   /// The reader: serves the client to its end. The root task of the connection's coroutine.
@@ -42,7 +40,7 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   /// No more requests are read; those that were read are answered.
   void stop() noexcept;
 
-  /// The socket is dead from now on.
+  /// Nothing is sent any more, either.
   void disconnect() noexcept;
 
   /// Who it is, for messages.
@@ -52,18 +50,15 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   struct Chunk;
   struct Reply;
   struct WritePayload;
+  struct Disconnection;
 
-  IoAwaiter receive_some(std::span<std::byte> to, int flags = 0) noexcept;
-  Task<bool> receive_all(std::span<std::byte> to);
-  IoAwaiter send_some(const msghdr& message, int flags = 0) noexcept;
-  Task<bool> send_all(std::span<const std::byte> bytes);
-  Task<bool> start_tls();
-
+  Task<Result<void>> start_tls(std::stop_token stop);
   Task<bool> negotiate();
-  Task<bool> enter_export(std::uint64_t id, const bool& timed_out);
+  Task<Result<void>> negotiate(nbd::ServerNegotiation& negotiation,
+                               std::span<const std::byte>& input, std::stop_token stop);
+  Task<Result<void>> enter_export(std::uint64_t id, std::stop_token stop);
   Task<void> transmit();
   Task<void> read_requests();
-  Task<void> see_replies_off();
   Task<bool> accept_write(std::span<const std::byte>& input, const nbd::Request& request);
   Task<bool> accept_status_query(std::span<const std::byte>& input, const nbd::Request& request);
   Task<void> sender();
@@ -96,17 +91,21 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   void log(Message message) noexcept;
   void wake_sender() noexcept;
   void wake_reader() noexcept;
+  void schedule_reader() noexcept;
   nbd::ReplyStyle style() const noexcept { return limits_.reply_style; }
-  bool receiving() const noexcept { return !stopping_.load(std::memory_order_relaxed); }
+  bool receiving() const noexcept { return !stop_.stopped(); }
 
   NbdServer& server_;
-  const UniqueFd socket_;
   const std::string peer_;
-  std::atomic<bool> stopping_{false};
-  std::atomic<bool> disconnected_{false};
+
+  // Any thread. The second is stopped with the first.
+  StopScope disconnect_;                 // writing
+  StopScope stop_{disconnect_.token()};  // reading
 
   // The connection's context.
   AioContext* context_ = nullptr;
+  std::unique_ptr<Channel> channel_;  // null during the handshake of TLS
+  bool encrypted_ = false;
   NbdServer::Place place_;
   BufferCache* reply_memory_ = nullptr;  // of the context
   BlockDriver* disk_ = nullptr;

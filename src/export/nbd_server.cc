@@ -11,6 +11,7 @@
 #include "export/nbd_connection.h"
 #include "roost/aio/bottom_half.h"
 #include "roost/base/check.h"
+#include "roost/io/socket_channel.h"
 
 namespace roost {
 
@@ -72,6 +73,9 @@ struct NbdServer::Listener {
 NbdServer::NbdServer(Options options, std::vector<Export> exports)
     : options_(std::move(options)), visible_exports_(std::make_shared<const nbd::ExportSet>()) {
   ROOST_CHECK(!options_.io_contexts.empty(), "a server needs an I/O context");
+  ROOST_CHECK(options_.credentials || options_.tls == nbd::TlsPolicy::kUnsupported ||
+                  options_.tls == nbd::TlsPolicy::kForbidden,
+              "a server that does TLS needs credentials");
   for (std::size_t i = 0; i < options_.io_contexts.size(); ++i) {
     reply_memory_.push_back(std::make_unique<BufferCache>());
   }
@@ -220,7 +224,7 @@ void NbdServer::accept_some(Listener& listener) {
       }
       continue;
     }
-    if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+    if (out_of_descriptors(errno)) {
       log(Error(errno, "accept on " + listener.socket.address().text()).message());
       options_.main_context->remove_fd_handler(listener.socket.fd());
       listener.retry.arm_after(kAcceptRetryNs);
@@ -235,6 +239,11 @@ void NbdServer::serve(UniqueFd client) {
   const int on = 1;
   // Fails on unix sockets, which do not delay anything.
   ::setsockopt(client.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  const std::string peer = describe_peer(client.get());
+  serve(std::make_unique<SocketChannel>(std::move(client), peer));
+}
+
+void NbdServer::serve(std::unique_ptr<Channel> client) {
   auto connection = std::make_shared<NbdConnection>(*this, std::move(client));
   Coroutine* const co = Coroutine::create(NbdConnection::run(connection), "nbd connection");
   bool welcome = false;

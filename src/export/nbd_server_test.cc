@@ -1114,17 +1114,5 @@ TEST_P(NbdServerTest, AClientTooManyIsTurnedAway) {
   four.negotiate();
 }
 
-TEST_P(NbdServerTest, WithoutAHandshakeTlsEndsTheConnection) {
-  start({}, 0, nbd::TlsPolicy::kRequired);
-  Client client = connect();
-  client.greet();
-  EXPECT_EQ(client.go(""), static_cast<std::uint32_t>(nbd::ReplyType::kErrTlsReqd));
-  EXPECT_EQ(client.option(nbd::Option::kStartTls), Client::kAck);
-  EXPECT_TRUE(client.receive(1).empty());
-  while (server_->connections() > 0) std::this_thread::yield();
-  ASSERT_EQ(log().size(), 1u);
-  EXPECT_NE(log()[0].find("TLS is not available"), std::string::npos);
-}
-
 }  // namespace
 }  // namespace roost

@@ -283,6 +283,12 @@ Task<Result<void>> Channel::write_full(std::span<const std::byte> from, std::sto
 
 Task<Result<void>> Channel::writev_full(std::span<const iovec> from, std::stop_token stop,
                                         std::size_t* sent) {
+  Pieces pieces(from);
+  co_return co_await writev_in_place(pieces.get(), std::move(stop), sent);
+}
+
+Task<Result<void>> Channel::writev_in_place(std::span<iovec> from, std::stop_token stop,
+                                            std::size_t* sent) {
   std::size_t count = 0;
   std::size_t& done = sent ? *sent : count;
   done = 0;
@@ -290,18 +296,16 @@ Task<Result<void>> Channel::writev_full(std::span<const iovec> from, std::stop_t
   while (!using_it.try_begin()) co_await roost::move_to(*context());
   if (stop.stop_requested()) co_return cancelled("write to", "nothing was sent");
   const std::size_t all = total_size(from);
-  Pieces pieces(from);
-  std::span<iovec> rest = pieces.get();
-  drop_front(rest, 0);
+  drop_front(from, 0);
   while (done < all) {
-    const Result<std::size_t> n = co_await do_writev(rest, true, stop);
+    const Result<std::size_t> n = co_await do_writev(from, true, stop);
     if (in_transit(Direction::kWrite)) co_await arrive();
     if (!n) {
       co_return fail(n.error().code(),
                      fmt::format("{}, after {} of {} bytes", n.error().doing(), done, all));
     }
     done += *n;
-    drop_front(rest, *n);
+    drop_front(from, *n);
   }
   co_return Result<void>();
 }

@@ -10,7 +10,8 @@ from nbd_client import (CMD_DISC, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_READ, CMD_TRI
                         FLAG_FIXED_NEWSTYLE, OPT_ABORT, OPT_EXPORT_NAME, OPT_GO,
                         OPT_INFO, OPT_LIST, OPT_STARTTLS, OPT_STRUCTURED_REPLY, REP_ACK,
                         REP_ERR_INVALID, REP_ERR_POLICY, REP_ERR_UNKNOWN,
-                        REP_ERR_UNSUP, REP_SERVER, TRANSMIT_FLUSH, TRANSMIT_FUA,
+                        REP_ERR_UNSUP, REP_SERVER, TRANSMIT_CACHE, TRANSMIT_FAST_ZERO,
+                        TRANSMIT_FLUSH, TRANSMIT_FUA,
                         TRANSMIT_HAS_FLAGS, TRANSMIT_MULTI_CONN, TRANSMIT_READ_ONLY,
                         TRANSMIT_TRIM, TRANSMIT_WRITE_ZEROES, Client)
 
@@ -31,8 +32,8 @@ def negotiation_survives_refused_options(test):
         check_equal(client.option(99, b"what?")[0][0], REP_ERR_UNSUP, "reply to option 99")
         check(client.option(OPT_STARTTLS)[0][0] in (REP_ERR_UNSUP, REP_ERR_POLICY),
               "reply to STARTTLS")
-        check_equal(client.option(OPT_STRUCTURED_REPLY)[0][0], REP_ERR_UNSUP,
-                    "reply to STRUCTURED_REPLY")
+        check_equal(client.option(OPT_STRUCTURED_REPLY, b"data")[0][0], REP_ERR_INVALID,
+                    "reply to STRUCTURED_REPLY with data")
         check_equal(client.option(OPT_GO, go_request("three"))[-1][0], REP_ERR_UNKNOWN,
                     "reply to GO of an unknown export")
         check_equal(client.option(OPT_LIST, b"data")[-1][0], REP_ERR_INVALID,
@@ -49,7 +50,8 @@ def negotiation_survives_refused_options(test):
         client.go("one")
         check_equal(client.size, 8 * MIB, "size by GO")
         check_equal(client.flags, TRANSMIT_HAS_FLAGS | TRANSMIT_FLUSH | TRANSMIT_FUA |
-                    TRANSMIT_TRIM | TRANSMIT_WRITE_ZEROES | TRANSMIT_MULTI_CONN, "flags")
+                    TRANSMIT_TRIM | TRANSMIT_WRITE_ZEROES | TRANSMIT_MULTI_CONN |
+                    TRANSMIT_CACHE | (client.flags & TRANSMIT_FAST_ZERO), "flags")
         check(client.block_sizes is not None, "no block sizes although asked for")
         client.write(0, b"x" * 512)
         client.disconnect()

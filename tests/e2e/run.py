@@ -13,6 +13,7 @@ import traceback
 import harness
 
 # Importing a topic registers its cases.
+import chunks  # noqa: F401
 import clients  # noqa: F401
 import crash  # noqa: F401
 import direct  # noqa: F401

@@ -202,8 +202,8 @@ inline IoAwaiter io_read_ahead(int fd, std::uint64_t offset, std::uint64_t size)
 }
 
 /// What `size` bytes of a file from `offset` are, data or holes by turns, as SEEK_DATA and
-/// SEEK_HOLE of lseek(2) tell: how many of `to` were filled, fewer only at the end of the range or
-/// of the file. -ENXIO: the file ends before `offset`. The file's position is nobody's any more.
+/// SEEK_HOLE of lseek(2) tell: how many of `to` were filled, fewer only at the end of the range,
+/// beyond which the last may reach, or of the file. -ENXIO: the file ends before `offset`. The file's position is nobody's any more.
 inline IoAwaiter io_find_extents(int fd, std::span<FileExtent> to, std::uint64_t offset,
                                  std::uint64_t size) noexcept {
   IoAwaiter io(IoRequest::Op::kFindExtents, fd);

@@ -34,7 +34,9 @@
 namespace roost {
 
 class BufferCache;
+class Channel;
 class NbdConnection;
+class TlsCredentials;
 
 /// What one client may hold at a time, so that it costs its own connection and no more.
 struct NbdLimits {
@@ -72,8 +74,12 @@ class NbdServer {
     NbdLimits limits{};
     /// Clients at one time; one more is turned away, with a line in the log. 0: any number.
     std::size_t max_connections = 0;
-    /// Other than kUnsupported and kForbidden only where connections can do the handshake.
+    /// kAllowed and kRequired need credentials of a server.
     nbd::TlsPolicy tls = nbd::TlsPolicy::kUnsupported;
+    std::shared_ptr<const TlsCredentials> credentials = nullptr;
+    /// Whether a client whose TLS has told who it is (TlsChannel::peer_name()) may come in; empty:
+    /// all may. Called from any thread.
+    std::function<bool(const std::string&)> authorize = nullptr;
     /// One line, without its end. Called from any thread.
     std::function<void(const std::string&)> log;
   };
@@ -100,8 +106,10 @@ class NbdServer {
   /// Starts to accept clients on `socket`.
   void listen(ListenSocket socket);
 
-  /// Serves a client that is already connected. Takes the descriptor.
+  /// Serves a client that is already connected: by a socket, or by any channel, whose name is the
+  /// client's in messages.
   void serve(UniqueFd client);
+  void serve(std::unique_ptr<Channel> client);
 
   /// Stops accepting and reading requests; those that were read are finished and answered. Calls
   /// `on_idle` on the main context once every connection is closed.
@@ -115,6 +123,7 @@ class NbdServer {
 
  private:
   friend class NbdConnection;
+  class TlsCredentials;
 
   struct Listener;
 

@@ -90,6 +90,9 @@ class Channel {
                                 std::size_t* sent = nullptr);
   Task<Result<void>> writev_full(std::span<const iovec> from, std::stop_token stop = {},
                                  std::size_t* sent = nullptr);
+  /// The same, for who does not need the pieces any more: they are used up.
+  Task<Result<void>> writev_in_place(std::span<iovec> from, std::stop_token stop = {},
+                                     std::size_t* sent = nullptr);
 
   /// Ends a direction. kWrite is a last operation of the writer: the peer reads to the end of what
   /// was written, and then gets the end of the stream. kRead and kBoth may come while others wait,
@@ -166,8 +169,6 @@ class Channel {
   void has_arrived(const Coroutine& co);
   std::size_t take_unread(std::span<const iovec> to) noexcept;
   void put_back(std::span<const iovec> from, std::size_t size);
-  Task<Result<std::size_t>> fill(std::span<iovec> to, std::stop_token stop);
-  Task<Result<void>> drain(std::span<iovec> from, std::stop_token stop, std::size_t* sent);
 
   const std::string name_;
 
