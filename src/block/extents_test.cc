@@ -178,7 +178,7 @@ long resident_bytes() {
 }
 
 TEST_P(DiskExtents, MemoryIsTakenByWritesOnlyAndGivenBack) {
-  constexpr std::uint64_t kSize = 64 << 20;
+  constexpr std::uint64_t kSize = 16 << 20;
   constexpr long kMost = static_cast<long>(kSize) / 4 * 3;
   const auto disk = std::move(*make_memory_disk(kSize, {}));
   const Bytes chunk = pattern(1 << 20);
@@ -238,14 +238,14 @@ TEST_P(DiskExtents, GrowsByZeroesAndForgetsWhatItShrinksBy) {
     // Neither of them where a page ends.
     ASSERT_TRUE(wait(disk->resize(2 * kBlock - 5)));
     EXPECT_EQ(disk->size(), 2 * kBlock - 5);
-    ASSERT_TRUE(wait(disk->resize(300 * kBlock + 1)));
-    EXPECT_EQ(disk->size(), 300 * kBlock + 1);
+    ASSERT_TRUE(wait(disk->resize(40 * kBlock + 1)));
+    EXPECT_EQ(disk->size(), 40 * kBlock + 1);
     Bytes expected = full;
     expected.resize(2 * kBlock - 5);
-    expected.resize(300 * kBlock + 1);
+    expected.resize(40 * kBlock + 1);
     EXPECT_TRUE(read(*disk, 0, expected.size()) == expected);
-    ASSERT_TRUE(write(*disk, 300 * kBlock, pattern(1)));
-    EXPECT_EQ(read(*disk, 300 * kBlock, 1), pattern(1));
+    ASSERT_TRUE(write(*disk, 40 * kBlock, pattern(1)));
+    EXPECT_EQ(read(*disk, 40 * kBlock, 1), pattern(1));
     ASSERT_TRUE(wait(disk->resize(0)));
     ASSERT_TRUE(wait(disk->resize(kBlock)));
     EXPECT_TRUE(read(*disk, 0, kBlock) == Bytes(kBlock));

@@ -89,11 +89,11 @@ Task<Result<ClientNegotiation::Outcome>> query_nbd_server(std::unique_ptr<Channe
     const std::size_t size = encode_request(header, done->outcome.headers, goodbye);
     (void)co_await done->channel->write_full(std::span(header).first(size), stop);
   }
-  (void)co_await done->channel->shutdown(StreamEnd::kBoth, stop);
+  (void)co_await done->channel->shutdown(StreamEnd::kWrite, stop);
   co_return std::move(done->outcome);
 }
 
-NbdClient::NbdClient(std::shared_ptr<NbdConnection> connection)
+NbdClient::NbdClient(std::shared_ptr<ClientConnection> connection)
     : connection_(std::move(connection)) {}
 
 NbdClient::~NbdClient() {
@@ -107,7 +107,7 @@ Task<Result<std::unique_ptr<NbdClient>>> NbdClient::connect(std::unique_ptr<Chan
   ROOST_CHECK(options.wishes.mode == ClientWishes::Mode::kGo, "a client that only asks");
   Result<Handshake> done = co_await shake_hands(std::move(channel), options, std::move(stop));
   if (!done) co_return std::unexpected(done.error());
-  auto connection = std::make_shared<NbdConnection>(
+  auto connection = std::make_shared<ClientConnection>(
       std::move(done->channel), std::move(done->outcome), std::move(done->received));
   connection->start();
   co_return std::unique_ptr<NbdClient>(new NbdClient(std::move(connection)));
@@ -278,7 +278,7 @@ Task<Result<std::vector<ContextExtents>>> NbdClient::block_status(std::uint64_t 
   for (const MetaContext& context : outcome().contexts) {
     const auto found = std::ranges::find(pending->status, context.id, &ContextStatus::context_id);
     // An extent may reach further than anybody asked, but there is nothing behind the end.
-    std::uint64_t left = size() - offset;
+    std::uint64_t left = std::max(size(), offset) - offset;
     ContextExtents& extents = result.emplace_back(ContextExtents{.context = context.name});
     for (StatusExtent extent : found->extents) {
       extent.length = std::min(extent.length, left);

@@ -39,15 +39,15 @@ std::vector<iovec> pieces_of(std::span<const iovec> data, std::uint64_t at, std:
   return pieces;
 }
 
-NbdConnection::NbdConnection(std::unique_ptr<Channel> channel, Outcome outcome,
-                             std::vector<std::byte> received)
+ClientConnection::ClientConnection(std::unique_ptr<Channel> channel, Outcome outcome,
+                                   std::vector<std::byte> received)
     : size(outcome.size),
       channel_(std::move(channel)),
       outcome_(std::move(outcome)),
       buffer_(kBufferSize),
       received_(std::move(received)) {}
 
-void NbdConnection::start() {
+void ClientConnection::start() {
   CoContext& here = *Coroutine::self()->home();
   {
     const std::lock_guard lock(mutex_);
@@ -57,13 +57,14 @@ void NbdConnection::start() {
   spawn(here, receive_loop(shared_from_this()), "NBD client, receiving");
 }
 
-Error NbdConnection::words(const PendingRequest& pending, int code, std::string_view what) const {
+Error ClientConnection::words(const PendingRequest& pending, int code,
+                              std::string_view what) const {
   return Error(code, fmt::format("{}: {}: {}", name(), to_string(pending.request), what));
 }
 
 // ---- the callers ----
 
-Task<Result<void>> NbdConnection::run(Pending pending, std::stop_token stop, WhenStopped when) {
+Task<Result<void>> ClientConnection::run(Pending pending, std::stop_token stop, WhenStopped when) {
   std::unique_lock lock(mutex_);
   if (failure_) {
     co_return std::unexpected(words(*pending, failure_->code(), failure_->doing()));
@@ -100,7 +101,7 @@ Task<Result<void>> NbdConnection::run(Pending pending, std::stop_token stop, Whe
   co_return std::move(pending->result);
 }
 
-Task<void> NbdConnection::leave(std::stop_token stop) {
+Task<void> ClientConnection::leave(std::stop_token stop) {
   std::unique_lock lock(mutex_);
   leaving_ = true;
   lock.unlock();
@@ -122,23 +123,23 @@ Task<void> NbdConnection::leave(std::stop_token stop) {
   }
 }
 
-Result<void> NbdConnection::state() const {
+Result<void> ClientConnection::state() const {
   const std::lock_guard lock(mutex_);
   if (failure_) return fail(failure_->code(), fmt::format("{}: {}", name(), failure_->doing()));
   return {};
 }
 
-bool NbdConnection::ended() const {
+bool ClientConnection::ended() const {
   const std::lock_guard lock(mutex_);
   return loops_ == 0;
 }
 
-std::size_t NbdConnection::in_flight() const {
+std::size_t ClientConnection::in_flight() const {
   const std::lock_guard lock(mutex_);
   return in_flight_.size();
 }
 
-void NbdConnection::answer(const Pending& pending, Result<void> result) {
+void ClientConnection::answer(const Pending& pending, Result<void> result) {
   {
     const std::lock_guard lock(mutex_);
     if (in_flight_.erase(pending->request.cookie) == 0) return;  // failed with its connection
@@ -155,7 +156,7 @@ void NbdConnection::answer(const Pending& pending, Result<void> result) {
   wake_sender_to_leave();
 }
 
-void NbdConnection::wake_sender_to_leave() {
+void ClientConnection::wake_sender_to_leave() {
   bool idle = false;
   {
     const std::lock_guard lock(mutex_);
@@ -164,7 +165,7 @@ void NbdConnection::wake_sender_to_leave() {
   if (idle) work_.wake_all();
 }
 
-void NbdConnection::fail_all(const Error& error) {
+void ClientConnection::fail_all(const Error& error) {
   std::unordered_map<std::uint64_t, Pending> lost;
   {
     const std::lock_guard lock(mutex_);
@@ -181,7 +182,7 @@ void NbdConnection::fail_all(const Error& error) {
   work_.wake_all();
 }
 
-Task<void> NbdConnection::cut_off() {
+Task<void> ClientConnection::cut_off() {
   AioContext& home = *AioContext::current();
   // What waits may only be ended where the channel is.
   for (;;) {
@@ -189,11 +190,11 @@ Task<void> NbdConnection::cut_off() {
     if (!there || there == AioContext::current()) break;
     co_await roost::move_to(*there);
   }
-  (void)co_await channel_->shutdown(StreamEnd::kBoth);
+  channel_->abort();
   if (&home != AioContext::current()) co_await roost::move_to(home);
 }
 
-Task<void> NbdConnection::end_loop() {
+Task<void> ClientConnection::end_loop() {
   co_await cut_off();
   {
     const std::lock_guard lock(mutex_);
@@ -204,13 +205,13 @@ Task<void> NbdConnection::end_loop() {
 
 // ---- the sender ----
 
-Task<void> NbdConnection::send_loop(std::shared_ptr<NbdConnection> self) {
+Task<void> ClientConnection::send_loop(std::shared_ptr<ClientConnection> self) {
   const Result<void> sent = co_await self->send();
   self->fail_all(sent ? Error(ESHUTDOWN, "the connection has ended") : sent.error());
   co_await self->end_loop();
 }
 
-Task<Result<void>> NbdConnection::send() {
+Task<Result<void>> ClientConnection::send() {
   for (;;) {
     {
       std::unique_lock lock(mutex_);
@@ -248,7 +249,7 @@ Task<Result<void>> NbdConnection::send() {
   co_return Result<void>();
 }
 
-void NbdConnection::take_batch() {
+void ClientConnection::take_batch() {
   pieces_.clear();
   std::size_t bytes = 0;
   while (!queue_.empty() && pieces_.size() < kMaxPieces && bytes < kMaxBatchBytes) {
@@ -270,27 +271,27 @@ void NbdConnection::take_batch() {
 
 // ---- the receiver ----
 
-Task<void> NbdConnection::receive_loop(std::shared_ptr<NbdConnection> self) {
+Task<void> ClientConnection::receive_loop(std::shared_ptr<ClientConnection> self) {
   const Result<void> received = co_await self->receive();
   self->fail_all(received.error());
   co_await self->end_loop();
 }
 
-NbdConnection::Pending NbdConnection::find(std::uint64_t cookie) {
+ClientConnection::Pending ClientConnection::find(std::uint64_t cookie) {
   const std::lock_guard lock(mutex_);
   const auto found = in_flight_.find(cookie);
   // The number of a request that was not sent is a guess.
   return found == in_flight_.end() || found->second->queued ? nullptr : found->second;
 }
 
-bool NbdConnection::begin_receiving(PendingRequest& pending) {
+bool ClientConnection::begin_receiving(PendingRequest& pending) {
   const std::lock_guard lock(mutex_);
   // Answered: by the end of the connection, in the sender.
   pending.receiving = !pending.left && !pending.answered;
   return pending.receiving;
 }
 
-void NbdConnection::end_receiving(PendingRequest& pending) {
+void ClientConnection::end_receiving(PendingRequest& pending) {
   bool wake = false;
   {
     const std::lock_guard lock(mutex_);
@@ -300,7 +301,7 @@ void NbdConnection::end_receiving(PendingRequest& pending) {
   if (wake) pending.changed.wake_all();
 }
 
-Task<Result<void>> NbdConnection::receive() {
+Task<Result<void>> ClientConnection::receive() {
   ReplyParser parser(outcome_.headers);
   ReplyMessage message;
   std::span<const std::byte> input(received_);
@@ -364,7 +365,7 @@ Task<Result<void>> NbdConnection::receive() {
   }
 }
 
-Task<Result<void>> NbdConnection::receive_some(std::span<const std::byte>& input) {
+Task<Result<void>> ClientConnection::receive_some(std::span<const std::byte>& input) {
   const Result<std::size_t> got = co_await channel_->read(buffer_);
   if (!got) co_return std::unexpected(got.error());
   if (*got == 0) co_return fail(ECONNRESET, "the server closed the connection");
@@ -372,9 +373,9 @@ Task<Result<void>> NbdConnection::receive_some(std::span<const std::byte>& input
   co_return Result<void>();
 }
 
-Task<Result<void>> NbdConnection::receive_data(PendingRequest& pending, std::uint64_t at,
-                                               std::span<const std::byte>& input,
-                                               ReplyParser& parser) {
+Task<Result<void>> ClientConnection::receive_data(PendingRequest& pending, std::uint64_t at,
+                                                  std::span<const std::byte>& input,
+                                                  ReplyParser& parser) {
   std::span<const std::byte> part = parser.take_payload(input);
   for (const iovec& piece : pieces_of(pending.data, at, part.size())) {
     std::memcpy(piece.iov_base, part.data(), piece.iov_len);

@@ -57,12 +57,13 @@ struct PendingRequest {
   std::optional<ReplyChecker> checker{};              // the receiver
 };
 
-class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
+class ClientConnection : public std::enable_shared_from_this<ClientConnection> {
  public:
   using Outcome = ClientNegotiation::Outcome;
 
   /// `received`: what had arrived behind the handshake.
-  NbdConnection(std::unique_ptr<Channel> channel, Outcome outcome, std::vector<std::byte> received);
+  ClientConnection(std::unique_ptr<Channel> channel, Outcome outcome,
+                   std::vector<std::byte> received);
 
   /// Starts the loops on the current context.
   void start();
@@ -94,8 +95,8 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   static constexpr std::size_t kMaxPieces = 512;
   static constexpr std::size_t kMaxBatchBytes = 1 << 20;
 
-  static Task<void> send_loop(std::shared_ptr<NbdConnection> self);
-  static Task<void> receive_loop(std::shared_ptr<NbdConnection> self);
+  static Task<void> send_loop(std::shared_ptr<ClientConnection> self);
+  static Task<void> receive_loop(std::shared_ptr<ClientConnection> self);
   Task<Result<void>> send();
   Task<Result<void>> receive();
   Task<Result<void>> receive_data(PendingRequest& pending, std::uint64_t at,

@@ -171,7 +171,7 @@ void check_outcome(const ClientWishes& wishes, const HandshakeRun& run) {
                   outcome.entries.size() <= ClientNegotiation::kMaxListEntries,
               "long strings");
   const bool listing = wishes.mode == ClientWishes::Mode::kListMetaContexts;
-  ROOST_CHECK(outcome.contexts.empty() || listing || outcome.headers != HeaderStyle::kSimple,
+  ROOST_CHECK(outcome.contexts.empty() || listing || outcome.headers != ReplyStyle::kSimple,
               "contexts without structured replies");
   std::set<std::uint32_t> ids;
   for (const MetaContext& context : outcome.contexts) ids.insert(context.id);
@@ -227,7 +227,7 @@ struct PlainRequest {
 /// Reads the server's stream the slow and plain way, up to what ends the connection.
 class PlainReader {
  public:
-  PlainReader(HeaderStyle style, Bytes stream) : style_(style), stream_(stream) {}
+  PlainReader(ReplyStyle style, Bytes stream) : style_(style), stream_(stream) {}
 
   std::vector<PlainMessage> messages;
   std::array<PlainRequest, kRequests.size()> requests;
@@ -256,26 +256,26 @@ class PlainReader {
     if (!has(4)) return false;
     PlainMessage m;
     const auto magic = take<std::uint32_t>();
-    if (magic == 0x67446698 && style_ != HeaderStyle::kExtended) {
+    if (magic == 0x67446698 && style_ != ReplyStyle::kExtended) {
       if (!has(12)) return false;
       m.simple = true;
       m.error = take<std::uint32_t>();
       m.cookie = take<std::uint64_t>();
       m.payload_at = at_;
-      if (m.error == 0 && style_ == HeaderStyle::kSimple && m.cookie < kRequests.size() &&
+      if (m.error == 0 && style_ == ReplyStyle::kSimple && m.cookie < kRequests.size() &&
           kRequests[m.cookie].command == Command::kRead && !requests[m.cookie].done) {
         m.payload_size = 64;
       }
       return judge(m);
     }
     std::uint64_t length = 0;
-    if (magic == 0x668e33ef && style_ == HeaderStyle::kStructured) {
+    if (magic == 0x668e33ef && style_ == ReplyStyle::kStructured) {
       if (!has(16)) return false;
       m.flags = take<std::uint16_t>();
       m.type = take<std::uint16_t>();
       m.cookie = take<std::uint64_t>();
       length = take<std::uint32_t>();
-    } else if (magic == 0x6e8a278c && style_ == HeaderStyle::kExtended) {
+    } else if (magic == 0x6e8a278c && style_ == ReplyStyle::kExtended) {
       if (!has(28)) return false;
       m.flags = take<std::uint16_t>();
       m.type = take<std::uint16_t>();
@@ -303,14 +303,14 @@ class PlainReader {
         if (m.size == 0) return wrong();
         break;
       case 5:
-        if (style_ == HeaderStyle::kExtended) return wrong();
+        if (style_ == ReplyStyle::kExtended) return wrong();
         if (length < 12 || (length - 4) % 8 != 0 || length > 4 + (8u << 20)) return wrong();
         if (!has(4)) return false;
         m.context = take<std::uint32_t>();
         m.payload_size = length - 4;
         break;
       case 6: {
-        if (style_ != HeaderStyle::kExtended) return wrong();
+        if (style_ != ReplyStyle::kExtended) return wrong();
         if (length < 24 || (length - 8) % 16 != 0 || length > 8 + (16u << 20)) return wrong();
         if (!has(8)) return false;
         m.context = take<std::uint32_t>();
@@ -351,7 +351,7 @@ class PlainReader {
     const bool content = m.type == 1 || m.type == 2;
     const bool status = m.type == 5 || m.type == 6;
     fatal = r.done || (m.request_offset && *m.request_offset != request.offset) ||
-            (m.simple && (r.started || (reads && style_ != HeaderStyle::kSimple))) ||
+            (m.simple && (r.started || (reads && style_ != ReplyStyle::kSimple))) ||
             (content && !reads) || (status && !asks);
     if (fatal) return false;
     r.started = true;
@@ -397,7 +397,7 @@ class PlainReader {
       r.spoiled = true;
       return;
     }
-    const std::size_t size = style_ == HeaderStyle::kExtended ? 16 : 8;
+    const std::size_t size = style_ == ReplyStyle::kExtended ? 16 : 8;
     const bool one = (request.flags & kCommandReqOne) != 0;
     if (one && m.payload_size != size) r.spoiled = true;
     if (stream_.size() - m.payload_at < m.payload_size) return;  // then it is not complete anyway
@@ -417,7 +417,7 @@ class PlainReader {
     }
   }
 
-  const HeaderStyle style_;
+  const ReplyStyle style_;
   const Bytes stream_;
   std::size_t at_ = 0;
 };
@@ -435,7 +435,7 @@ void expect_same(const ReplyMessage& got, const PlainMessage& plain) {
 }
 
 /// Runs parser and checkers over the stream; payloads are taken from it or received past it.
-void check_replies(HeaderStyle style, Bytes stream, Cuts cuts, const PlainReader& plain) {
+void check_replies(ReplyStyle style, Bytes stream, Cuts cuts, const PlainReader& plain) {
   ReplyParser parser(style);
   std::vector<ReplyChecker> checkers;
   for (const ClientRequest& request : kRequests) checkers.emplace_back(request, style, kContexts);
@@ -529,7 +529,7 @@ void check_replies(HeaderStyle style, Bytes stream, Cuts cuts, const PlainReader
   }
 }
 
-void check_transmission_phase(HeaderStyle style, Bytes stream, std::uint32_t seed) {
+void check_transmission_phase(ReplyStyle style, Bytes stream, std::uint32_t seed) {
   PlainReader plain(style, stream);
   plain.read();
   check_replies(style, stream, Cuts(0), plain);
@@ -544,7 +544,7 @@ void check_client(Bytes input) {
   const auto seed = load_be<std::uint32_t>(&input[1]);
   const Bytes stream = input.subspan(kSetupSize);
   if (setup & 128) {
-    using enum HeaderStyle;
+    using enum ReplyStyle;
     return check_transmission_phase(std::array{kSimple, kStructured, kExtended}[setup % 3], stream,
                                     seed);
   }

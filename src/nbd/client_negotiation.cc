@@ -295,7 +295,7 @@ void ClientNegotiation::on_error_reply() {
         return send_next(option_);
       case Option::kInfo:
       case Option::kGo:
-        if (type == ReplyType::kErrUnsup && outcome_.headers != HeaderStyle::kExtended) {
+        if (type == ReplyType::kErrUnsup && outcome_.headers != ReplyStyle::kExtended) {
           return send_export_name();
         }
         break;
@@ -331,10 +331,10 @@ void ClientNegotiation::on_ack() {
       state_ = State::kStartTls;
       return;
     case Option::kExtendedHeaders:
-      outcome_.headers = HeaderStyle::kExtended;
+      outcome_.headers = ReplyStyle::kExtended;
       return send_next(option_);
     case Option::kStructuredReply:
-      outcome_.headers = HeaderStyle::kStructured;
+      outcome_.headers = ReplyStyle::kStructured;
       return send_next(option_);
     case Option::kSetMetaContext:
       return send_next(option_);
@@ -457,7 +457,7 @@ void ClientNegotiation::on_export_info() {
 // ---- output ----
 
 void ClientNegotiation::send_next(Option done) {
-  const bool has_replies = outcome_.headers != HeaderStyle::kSimple;
+  const bool has_replies = outcome_.headers != ReplyStyle::kSimple;
   switch (done) {
     case Option::kStartTls:
       if (wishes_.mode == Mode::kList) return put_option(Option::kList, 0);
@@ -473,7 +473,7 @@ void ClientNegotiation::send_next(Option done) {
         return put_contexts_option(Option::kListMetaContext);
       }
       // Without structured replies there could be no answer to BLOCK_STATUS.
-      if (outcome_.headers != HeaderStyle::kSimple && !wishes_.meta_contexts.empty()) {
+      if (outcome_.headers != ReplyStyle::kSimple && !wishes_.meta_contexts.empty()) {
         return put_contexts_option(Option::kSetMetaContext);
       }
       [[fallthrough]];
@@ -514,8 +514,8 @@ void ClientNegotiation::start_transmission(std::uint64_t size, std::uint16_t fla
 void ClientNegotiation::settle_flags() {
   std::uint16_t& flags = outcome_.transmission_flags;
   const auto drop = [&](std::uint16_t flag) { flags &= static_cast<std::uint16_t>(~flag); };
-  if (outcome_.headers == HeaderStyle::kSimple) drop(kTransmissionSendDf);
-  if (outcome_.headers != HeaderStyle::kExtended) drop(kTransmissionBlockStatusPayload);
+  if (outcome_.headers == ReplyStyle::kSimple) drop(kTransmissionSendDf);
+  if (outcome_.headers != ReplyStyle::kExtended) drop(kTransmissionBlockStatusPayload);
   if (!(flags & kTransmissionSendWriteZeroes)) drop(kTransmissionSendFastZero);
 }
 

@@ -119,7 +119,7 @@ TEST(ClientNegotiation, GetsAllItWishesFor) {
     EXPECT_EQ(outcome.max_payload, 4u << 20);
     EXPECT_EQ(outcome.canonical_name, "the disk");
     EXPECT_EQ(outcome.description, "of mine");
-    EXPECT_EQ(outcome.headers, HeaderStyle::kExtended);
+    EXPECT_EQ(outcome.headers, ReplyStyle::kExtended);
     EXPECT_TRUE(outcome.tls);
     EXPECT_EQ(outcome.contexts, (std::vector<MetaContext>{{7, "base:allocation"}}));
   }
@@ -143,7 +143,7 @@ TEST(ClientNegotiation, MakesDoWithoutTheOptionsTheServerDoesNotKnow) {
   EXPECT_FALSE(negotiation.outcome().block_sizes_known);
   EXPECT_EQ(negotiation.outcome().min_block, 1u);
   EXPECT_EQ(negotiation.outcome().canonical_name, "disk");
-  EXPECT_EQ(negotiation.outcome().headers, HeaderStyle::kSimple);
+  EXPECT_EQ(negotiation.outcome().headers, ReplyStyle::kSimple);
   EXPECT_FALSE(negotiation.outcome().tls);
   EXPECT_TRUE(negotiation.outcome().contexts.empty());
 }
@@ -159,7 +159,7 @@ TEST(ClientNegotiation, TakesStructuredRepliesWhereThereAreNoExtendedHeaders) {
                             {join(reply(7, 3, kExportInfo), reply(7, 1)), {}},
                         });
   ASSERT_EQ(negotiation.state(), State::kTransmission);
-  EXPECT_EQ(negotiation.outcome().headers, HeaderStyle::kStructured);
+  EXPECT_EQ(negotiation.outcome().headers, ReplyStyle::kStructured);
   EXPECT_EQ(negotiation.outcome().transmission_flags, 0x8d);
   EXPECT_TRUE(negotiation.outcome().contexts.empty());
 }
@@ -290,7 +290,7 @@ TEST(ClientNegotiation, AsksOldServersForInformationByUsingTheExport) {
                         });
   ASSERT_EQ(negotiation.state(), State::kTransmission);
   EXPECT_EQ(negotiation.outcome().size, 77u);
-  EXPECT_EQ(negotiation.outcome().headers, HeaderStyle::kStructured);
+  EXPECT_EQ(negotiation.outcome().headers, ReplyStyle::kStructured);
   EXPECT_EQ(negotiation.outcome().transmission_flags, 0x81);
 }
 

@@ -181,7 +181,7 @@ class ClientTest : public ChannelTest {
 TEST_F(ClientTest, ReadsIntoTheCallersBuffers) {
   connect();
   EXPECT_EQ(client().size(), kSize);
-  EXPECT_EQ(client().outcome().headers, HeaderStyle::kStructured);
+  EXPECT_EQ(client().outcome().headers, ReplyStyle::kStructured);
   std::string first(100, '?'), second(200, '?');
   const iovec pieces[] = {{first.data(), first.size()}, {second.data(), second.size()}};
   std::optional<Done> done;

@@ -58,10 +58,10 @@ std::string to_string(const ClientRequest& request) {
   }
 }
 
-std::size_t encode_request(std::span<std::byte, kMaxRequestHeader> to, HeaderStyle style,
+std::size_t encode_request(std::span<std::byte, kMaxRequestHeader> to, ReplyStyle style,
                            const ClientRequest& request) {
   ROOST_CHECK(request.length <= longest_request(style), "{} is too long", to_string(request));
-  const bool extended = style == HeaderStyle::kExtended;
+  const bool extended = style == ReplyStyle::kExtended;
   std::uint16_t flags = request.flags;
   if (extended && request.command == Command::kWrite) flags |= kCommandPayloadLen;
   std::byte* const at = to.data();
@@ -136,20 +136,20 @@ std::size_t ReplyParser::needed(std::span<const std::byte> have) {
   const auto magic = load_be<std::uint32_t>(have.data());
   switch (magic) {
     case kSimpleReplyMagic:
-      if (style_ == HeaderStyle::kExtended) {
+      if (style_ == ReplyStyle::kExtended) {
         return lie("sent a simple reply, where extended headers were negotiated");
       }
       return kSimpleReplySize;
     case kStructuredReplyMagic:
-      if (style_ == HeaderStyle::kStructured) {
+      if (style_ == ReplyStyle::kStructured) {
         return have.size() < kStructuredReplySize
                    ? kStructuredReplySize
                    : needed_behind_header(have, kStructuredReplySize);
       }
       return lie(fmt::format("sent a structured reply, where {} were negotiated",
-                             style_ == HeaderStyle::kSimple ? "simple ones" : "extended headers"));
+                             style_ == ReplyStyle::kSimple ? "simple ones" : "extended headers"));
     case kExtendedReplyMagic:
-      if (style_ == HeaderStyle::kExtended) {
+      if (style_ == ReplyStyle::kExtended) {
         return have.size() < kExtendedReplySize ? kExtendedReplySize
                                                 : needed_behind_header(have, kExtendedReplySize);
       }
@@ -164,7 +164,7 @@ std::size_t ReplyParser::needed_behind_header(std::span<const std::byte> have,
   const std::byte* const header = have.data();
   const bool done = (load_be<std::uint16_t>(header + 4) & kReplyDone) != 0;
   const ChunkType type{load_be<std::uint16_t>(header + 6)};
-  const std::uint64_t length = style_ == HeaderStyle::kExtended
+  const std::uint64_t length = style_ == ReplyStyle::kExtended
                                    ? load_be<std::uint64_t>(header + 24)
                                    : load_be<std::uint32_t>(header + 16);
   const auto wrong_length = [&] {
@@ -186,7 +186,7 @@ std::size_t ReplyParser::needed_behind_header(std::span<const std::byte> have,
       }
       return header_size + 12;
     case ChunkType::kBlockStatus:
-      if (style_ == HeaderStyle::kExtended) {
+      if (style_ == ReplyStyle::kExtended) {
         return lie("sent BLOCK_STATUS, where extended headers ask for BLOCK_STATUS_EXT");
       }
       if (length < 12 || length % 8 != 4 || length > 4 + 8 * std::uint64_t{kMaxDescriptors}) {
@@ -194,7 +194,7 @@ std::size_t ReplyParser::needed_behind_header(std::span<const std::byte> have,
       }
       return header_size + 4;
     case ChunkType::kBlockStatusExt:
-      if (style_ != HeaderStyle::kExtended) {
+      if (style_ != ReplyStyle::kExtended) {
         return lie("sent BLOCK_STATUS_EXT without extended headers");
       }
       if (length < 24 || length % 16 != 8 || length > 8 + 16 * std::uint64_t{kMaxDescriptors}) {
@@ -250,7 +250,7 @@ void ReplyParser::parse(std::span<const std::byte> bytes, ReplyMessage& message)
   message.type = ChunkType{load_be<std::uint16_t>(at + 6)};
   std::size_t header_size = kStructuredReplySize;
   std::uint32_t length = 0;
-  if (style_ == HeaderStyle::kExtended) {
+  if (style_ == ReplyStyle::kExtended) {
     header_size = kExtendedReplySize;
     message.request_offset = load_be<std::uint64_t>(at + 16);
     length = static_cast<std::uint32_t>(load_be<std::uint64_t>(at + 24));  // needed() looked
@@ -330,7 +330,7 @@ Coverage::Added Coverage::add(std::uint64_t at, std::uint64_t size) {
 
 // ---- ReplyChecker ----
 
-ReplyChecker::ReplyChecker(const ClientRequest& request, HeaderStyle style,
+ReplyChecker::ReplyChecker(const ClientRequest& request, ReplyStyle style,
                            std::span<const MetaContext> contexts)
     : request_(request), style_(style), contexts_(contexts) {}
 
@@ -341,7 +341,7 @@ ReplyChecker::Verdict ReplyChecker::check(const ReplyMessage& message) {
 
   done_ = true;
   if (!first) return lie_fatally(message, "sent a simple reply behind chunks of another one");
-  if (style_ != HeaderStyle::kSimple && request_.command == Command::kRead) {
+  if (style_ != ReplyStyle::kSimple && request_.command == Command::kRead) {
     return lie_fatally(message, "sent a simple reply, where a structured one was negotiated");
   }
   if (message.error != 0) {
@@ -472,7 +472,7 @@ void ReplyChecker::take_status(std::span<const std::byte> part) {
   ROOST_CHECK(part.size() <= status_left_, "{} bytes of descriptors, where {} are missing",
               part.size(), status_left_);
   status_left_ -= static_cast<std::uint32_t>(part.size());
-  const std::size_t size = style_ == HeaderStyle::kExtended ? 16 : 8;
+  const std::size_t size = style_ == ReplyStyle::kExtended ? 16 : 8;
   while (!part.empty()) {
     if (cut_size_ == 0 && part.size() >= size) {
       take_descriptor(part.data());
@@ -490,7 +490,7 @@ void ReplyChecker::take_status(std::span<const std::byte> part) {
 }
 
 void ReplyChecker::take_descriptor(const std::byte* at) {
-  const bool extended = style_ == HeaderStyle::kExtended;
+  const bool extended = style_ == ReplyStyle::kExtended;
   const StatusExtent extent{
       .length = extended ? load_be<std::uint64_t>(at) : load_be<std::uint32_t>(at),
       .flags = extended ? load_be<std::uint64_t>(at + 8) : load_be<std::uint32_t>(at + 4)};

@@ -66,7 +66,7 @@ TEST(ClientRequest, IsWrittenWithACompactHeader) {
                                  .cookie = kCookie,
                                  .offset = kOffset,
                                  .length = 4096};
-  for (HeaderStyle style : {HeaderStyle::kSimple, HeaderStyle::kStructured}) {
+  for (ReplyStyle style : {ReplyStyle::kSimple, ReplyStyle::kStructured}) {
     ASSERT_EQ(encode_request(to, style, request), 28u);
     EXPECT_EQ(copy(std::span(to).first(28)),
               (ByteVector{
@@ -87,7 +87,7 @@ TEST(ClientRequest, IsWrittenWithAnExtendedHeader) {
                                .cookie = kCookie,
                                .offset = kOffset,
                                .length = 4096};
-  ASSERT_EQ(encode_request(to, HeaderStyle::kExtended, write), 32u);
+  ASSERT_EQ(encode_request(to, ReplyStyle::kExtended, write), 32u);
   EXPECT_EQ(copy(to), (ByteVector{
                           0x21, 0xe4, 0x1c, 0x71,                          // magic
                           0x00, 0x21,                                      // FUA, PAYLOAD_LEN
@@ -97,7 +97,7 @@ TEST(ClientRequest, IsWrittenWithAnExtendedHeader) {
                           0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x10, 0x00,  // length
                       }));
   const ClientRequest trim = {.command = Command::kTrim, .length = 1ull << 40};
-  encode_request(to, HeaderStyle::kExtended, trim);
+  encode_request(to, ReplyStyle::kExtended, trim);
   EXPECT_EQ(copy(std::span(to).subspan(4, 4)), (ByteVector{0, 0, 0, 4}));
   EXPECT_EQ(copy(std::span(to).subspan(24)), be64(1ull << 40));
 }
@@ -105,7 +105,7 @@ TEST(ClientRequest, IsWrittenWithAnExtendedHeader) {
 TEST(ClientRequestDeathTest, MustFitItsHeader) {
   std::array<std::byte, kMaxRequestHeader> to{};
   const ClientRequest trim = {.command = Command::kTrim, .length = 1ull << 32};
-  EXPECT_DEATH(encode_request(to, HeaderStyle::kStructured, trim), "TRIM 0.4294967296 is too long");
+  EXPECT_DEATH(encode_request(to, ReplyStyle::kStructured, trim), "TRIM 0.4294967296 is too long");
 }
 
 TEST(ClientRequest, HasWords) {
@@ -142,7 +142,7 @@ bool same(const ReplyMessage& a, const ReplyMessage& b) {
 }
 
 /// `simple_payload`: what a simple reply without an error brings.
-Parsed parse(HeaderStyle style, const std::vector<ByteVector>& parts,
+Parsed parse(ReplyStyle style, const std::vector<ByteVector>& parts,
              std::uint32_t simple_payload = 0) {
   ReplyParser parser(style);
   Parsed parsed;
@@ -169,7 +169,7 @@ Parsed parse(HeaderStyle style, const std::vector<ByteVector>& parts,
   return parsed;
 }
 
-Parsed parse_wherever_cut(HeaderStyle style, const ByteVector& stream,
+Parsed parse_wherever_cut(ReplyStyle style, const ByteVector& stream,
                           std::uint32_t simple_payload = 0) {
   const Parsed whole = parse(style, {stream}, simple_payload);
   std::vector<ByteVector> bytes;
@@ -190,7 +190,7 @@ Parsed parse_wherever_cut(HeaderStyle style, const ByteVector& stream,
 
 TEST(ReplyParser, FindsSimpleReplies) {
   const Parsed parsed =
-      parse_wherever_cut(HeaderStyle::kSimple, join(simple(), text("hello"), simple(28)), 5);
+      parse_wherever_cut(ReplyStyle::kSimple, join(simple(), text("hello"), simple(28)), 5);
   ASSERT_EQ(parsed.messages.size(), 2u);
   EXPECT_TRUE(parsed.at_boundary);
   EXPECT_EQ(parsed.messages[0].kind, Kind::kSimple);
@@ -204,7 +204,7 @@ TEST(ReplyParser, FindsSimpleReplies) {
 
 TEST(ReplyParser, FindsStructuredReplies) {
   const Parsed parsed = parse_wherever_cut(
-      HeaderStyle::kStructured,
+      ReplyStyle::kStructured,
       join(chunk(kMore, kData, data(1, 3)), chunk(kMore, kHole, hole(4, 0x01020304)), simple(22),
            chunk(kLast, kStatus, join(be32(7), be32(512), be32(3))), chunk(kLast, 0),
            chunk(kMore, kErrAt, join(error(5, "oh"), be64(kOffset + 9))),
@@ -240,7 +240,7 @@ TEST(ReplyParser, FindsStructuredReplies) {
 
 TEST(ReplyParser, FindsExtendedReplies) {
   const Parsed parsed = parse_wherever_cut(
-      HeaderStyle::kExtended,
+      ReplyStyle::kExtended,
       join(extended(kMore, kData, data(1, 3)),
            extended(kLast, kStatusExt, join(be32(7), be32(1), be64(1ull << 40), be64(2))),
            extended(kLast, kErr, error(5, "no"))));
@@ -255,7 +255,7 @@ TEST(ReplyParser, FindsExtendedReplies) {
 }
 
 TEST(ReplyParser, HandsOutPayloadsInPlaceAndLetsThemBeReceivedPastIt) {
-  ReplyParser parser(HeaderStyle::kStructured);
+  ReplyParser parser(ReplyStyle::kStructured);
   const ByteVector stream = chunk(kLast, kData, data(0, 5));
   std::span<const std::byte> input = view(stream).first(stream.size() - 3);
   ReplyMessage message;
@@ -274,7 +274,7 @@ TEST(ReplyParser, HandsOutPayloadsInPlaceAndLetsThemBeReceivedPastIt) {
 TEST(ReplyParser, SkipsAPayloadWhereverItIsCut) {
   const ByteVector stream = join(chunk(kMore, kData, data(0, 5)), chunk(kLast, 0));
   for (std::size_t cut = 28; cut <= stream.size(); ++cut) {
-    ReplyParser parser(HeaderStyle::kStructured);
+    ReplyParser parser(ReplyStyle::kStructured);
     std::vector<ChunkType> types;
     for (auto part : {view(stream).first(cut), view(stream).subspan(cut)}) {
       ReplyMessage message;
@@ -289,7 +289,7 @@ TEST(ReplyParser, SkipsAPayloadWhereverItIsCut) {
 }
 
 TEST(ReplyParserDeathTest, MustNotBeAskedForAMessageAmidAPayload) {
-  ReplyParser parser(HeaderStyle::kStructured);
+  ReplyParser parser(ReplyStyle::kStructured);
   const ByteVector stream = chunk(kLast, kData, data(0, 5));
   std::span<const std::byte> input = view(stream);
   ReplyMessage message;
@@ -299,16 +299,16 @@ TEST(ReplyParserDeathTest, MustNotBeAskedForAMessageAmidAPayload) {
   EXPECT_DEATH(parser.expect_payload(6), "a payload of 5 bytes, not 6");
 }
 
-std::string failure_of(HeaderStyle style, const ByteVector& stream) {
+std::string failure_of(ReplyStyle style, const ByteVector& stream) {
   const Parsed parsed = parse_wherever_cut(style, join(stream, zeroes(64)));
   EXPECT_TRUE(parsed.messages.empty());
   return parsed.failure;
 }
 
 TEST(ReplyParser, SaysWhatALyingServerDid) {
-  const HeaderStyle plain = HeaderStyle::kSimple;
-  const HeaderStyle structured = HeaderStyle::kStructured;
-  const HeaderStyle ext = HeaderStyle::kExtended;
+  const ReplyStyle plain = ReplyStyle::kSimple;
+  const ReplyStyle structured = ReplyStyle::kStructured;
+  const ReplyStyle ext = ReplyStyle::kExtended;
   EXPECT_EQ(failure_of(plain, text("HTTP")),
             "the server sent the wrong magic 0x48545450 before a reply");
   EXPECT_EQ(failure_of(plain, chunk(kLast, 0)),
@@ -368,7 +368,7 @@ TEST(ReplyParser, SaysWhatALyingServerDid) {
 }
 
 TEST(ReplyParser, FailsForGood) {
-  ReplyParser parser(HeaderStyle::kSimple);
+  ReplyParser parser(ReplyStyle::kSimple);
   const ByteVector wrong = text("nonsense");
   const ByteVector right = simple();
   ReplyMessage message;
@@ -454,7 +454,7 @@ struct Answered {
 
 const std::vector<MetaContext> kContexts = {{7, "base:allocation"}, {9, "qemu:x"}};
 
-Answered answer(const ClientRequest& request, HeaderStyle style, const ByteVector& stream,
+Answered answer(const ClientRequest& request, ReplyStyle style, const ByteVector& stream,
                 std::span<const MetaContext> contexts = kContexts) {
   ReplyParser parser(style);
   ReplyChecker checker(request, style, contexts);
@@ -504,19 +504,19 @@ Answered answer(const ClientRequest& request, HeaderStyle style, const ByteVecto
 
 TEST(ReplyChecker, TakesTheDataOfASimpleReply) {
   const Answered answered =
-      answer(kRead, HeaderStyle::kSimple, join(simple(), ByteVector(4096, 'y')));
+      answer(kRead, ReplyStyle::kSimple, join(simple(), ByteVector(4096, 'y')));
   EXPECT_TRUE(answered.result);
   EXPECT_EQ(answered.buffer, ByteVector(4096, 'y'));
   EXPECT_EQ(answered.fault, "");
-  const Answered failed = answer(kRead, HeaderStyle::kSimple, simple(28));
+  const Answered failed = answer(kRead, ReplyStyle::kSimple, simple(28));
   ASSERT_FALSE(failed.result);
   EXPECT_EQ(failed.result.error().code(), ENOSPC);
   EXPECT_EQ(failed.result.error().doing(), "READ 78187491328+4096");
 }
 
 TEST(ReplyChecker, PutsChunksTogetherInAnyOrder) {
-  for (HeaderStyle style : {HeaderStyle::kStructured, HeaderStyle::kExtended}) {
-    const auto make = style == HeaderStyle::kStructured
+  for (ReplyStyle style : {ReplyStyle::kStructured, ReplyStyle::kExtended}) {
+    const auto make = style == ReplyStyle::kStructured
                           ? chunk
                           : +[](std::uint16_t flags, std::uint16_t type, const ByteVector& p) {
                               return extended(flags, type, p);
@@ -533,7 +533,7 @@ TEST(ReplyChecker, PutsChunksTogetherInAnyOrder) {
 
 TEST(ReplyChecker, ReportsTheServersErrors) {
   const Answered generic = answer(
-      kRead, HeaderStyle::kStructured,
+      kRead, ReplyStyle::kStructured,
       join(chunk(kMore, kData, data(0, 1024)), chunk(kLast, kErr, error(5, "the disk\nis gone"))));
   ASSERT_FALSE(generic.result);
   EXPECT_EQ(generic.result.error().code(), EIO);
@@ -542,7 +542,7 @@ TEST(ReplyChecker, ReportsTheServersErrors) {
   EXPECT_EQ(generic.fault, "");
 
   const Answered at =
-      answer(kRead, HeaderStyle::kStructured,
+      answer(kRead, ReplyStyle::kStructured,
              join(chunk(kMore, kData, data(0, 1024)),
                   chunk(kMore, kErrAt, join(error(5), be64(kOffset + 100))),
                   chunk(kMore, kErrAt, join(error(28), be64(kOffset + 2000))), chunk(kLast, 0)));
@@ -555,17 +555,17 @@ TEST(ReplyChecker, ReportsTheServersErrors) {
 TEST(ReplyChecker, TakesSimpleAndStructuredRepliesToOtherRequests) {
   const ClientRequest flush = {.command = Command::kFlush, .cookie = kCookie};
   for (const ByteVector& reply : {simple(), chunk(kLast, 0)}) {
-    const Answered answered = answer(flush, HeaderStyle::kStructured, reply);
+    const Answered answered = answer(flush, ReplyStyle::kStructured, reply);
     EXPECT_TRUE(answered.result);
     EXPECT_EQ(answered.fault, "");
   }
-  const Answered failed = answer(flush, HeaderStyle::kStructured, simple(5));
+  const Answered failed = answer(flush, ReplyStyle::kStructured, simple(5));
   ASSERT_FALSE(failed.result);
   EXPECT_EQ(failed.result.error().doing(), "FLUSH");
 }
 
 /// What is wrong with a reply after which the connection goes on.
-std::string spoiled(const ClientRequest& request, HeaderStyle style, const ByteVector& stream) {
+std::string spoiled(const ClientRequest& request, ReplyStyle style, const ByteVector& stream) {
   const Answered answered = answer(request, style, stream);
   EXPECT_FALSE(answered.fatal);
   EXPECT_TRUE(answered.done);
@@ -578,7 +578,7 @@ std::string spoiled(const ClientRequest& request, HeaderStyle style, const ByteV
 
 TEST(ReplyChecker, FailsAReadWhosePartsDoNotFit) {
   const auto fault = [](const auto&... chunks) {
-    return spoiled(kRead, HeaderStyle::kStructured, join(chunks..., chunk(kLast, 0)));
+    return spoiled(kRead, ReplyStyle::kStructured, join(chunks..., chunk(kLast, 0)));
   };
   EXPECT_EQ(fault(), "the server sent only 0 bytes and claims success");
   EXPECT_EQ(fault(chunk(kMore, kData, data(0, 4095))),
@@ -605,32 +605,31 @@ TEST(ReplyChecker, FailsAReadWhosePartsDoNotFit) {
   }
   ClientRequest large = kRead;
   large.length = 1 << 20;
-  EXPECT_EQ(spoiled(large, HeaderStyle::kStructured, join(scattered, chunk(kLast, 0))),
+  EXPECT_EQ(spoiled(large, ReplyStyle::kStructured, join(scattered, chunk(kLast, 0))),
             "the server sent more than 4096 parts that do not touch");
 
   ClientRequest whole = kRead;
   whole.flags = kCommandDf;
   EXPECT_EQ(
-      spoiled(whole, HeaderStyle::kStructured,
+      spoiled(whole, ReplyStyle::kStructured,
               join(chunk(kMore, kData, data(0, 1024)), chunk(kLast, kData, data(1024, 3072)))),
       "the server sent OFFSET_DATA 78187492352+3072 as a second part of what must not be "
       "cut");
 }
 
 TEST(ReplyChecker, GivesUpAServerThatTalksOfSomethingElse) {
-  const auto fatal = [](const ClientRequest& request, HeaderStyle style, const ByteVector& stream) {
+  const auto fatal = [](const ClientRequest& request, ReplyStyle style, const ByteVector& stream) {
     const Answered answered = answer(request, style, stream);
     EXPECT_TRUE(answered.fatal) << answered.fault;
     return answered.fault;
   };
-  const HeaderStyle structured = HeaderStyle::kStructured;
+  const ReplyStyle structured = ReplyStyle::kStructured;
   EXPECT_EQ(fatal(kRead, structured, simple()),
             "the server sent a simple reply, where a structured one was negotiated");
   EXPECT_EQ(fatal(kRead, structured, simple(22)),
             "the server sent a simple reply, where a structured one was negotiated");
-  EXPECT_EQ(
-      fatal(kRead, HeaderStyle::kExtended, extended(kLast, kHole, hole(0, 4096), kOffset + 1)),
-      "the server replied with the offset 78187491329");
+  EXPECT_EQ(fatal(kRead, ReplyStyle::kExtended, extended(kLast, kHole, hole(0, 4096), kOffset + 1)),
+            "the server replied with the offset 78187491329");
   EXPECT_EQ(fatal(kRead, structured, join(chunk(kLast, kHole, hole(0, 4096)), chunk(kLast, 0))),
             "the server went on with a reply that was complete");
   EXPECT_EQ(fatal(kRead, structured, chunk(kLast, kStatus, join(be32(7), be32(1), be32(0)))),
@@ -666,7 +665,7 @@ ByteVector status_ext(std::uint32_t context, std::initializer_list<StatusExtent>
 
 TEST(ReplyChecker, CollectsTheStatusOfEachContext) {
   const Answered answered =
-      answer(kAsk, HeaderStyle::kStructured,
+      answer(kAsk, ReplyStyle::kStructured,
              join(chunk(kMore, kStatus, status(9, {{512, 0x80000000}})),
                   chunk(kLast, kStatus, status(7, {{512, 3}, {1024, 0}, {1024, 0}, {9999, 3}}))));
   EXPECT_TRUE(answered.result) << answered.fault;
@@ -675,7 +674,7 @@ TEST(ReplyChecker, CollectsTheStatusOfEachContext) {
   ClientRequest large = kAsk;
   large.length = 1ull << 50;
   const Answered wide =
-      answer(large, HeaderStyle::kExtended,
+      answer(large, ReplyStyle::kExtended,
              join(extended(kMore, kStatusExt, status_ext(9, {{1ull << 40, 1ull << 63}, {1, 0}})),
                   extended(kLast, kStatusExt, status_ext(7, {{1ull << 51, 3}}))));
   EXPECT_TRUE(wide.result) << wide.fault;
@@ -685,7 +684,7 @@ TEST(ReplyChecker, CollectsTheStatusOfEachContext) {
 
 TEST(ReplyChecker, FailsAStatusThatDoesNotAddUp) {
   const auto fault = [](const ClientRequest& request, const auto&... chunks) {
-    return spoiled(request, HeaderStyle::kStructured, join(chunks..., chunk(kLast, 0)));
+    return spoiled(request, ReplyStyle::kStructured, join(chunks..., chunk(kLast, 0)));
   };
   const ByteVector other = chunk(kMore, kStatus, status(9, {{512, 0}}));
   const auto base = [](std::initializer_list<StatusExtent> extents) {
@@ -693,7 +692,7 @@ TEST(ReplyChecker, FailsAStatusThatDoesNotAddUp) {
   };
   EXPECT_EQ(fault(kAsk, base({{4096, 0}})),
             "the server sent the status of 1 contexts, not of 2, and claims success");
-  EXPECT_EQ(spoiled(kAsk, HeaderStyle::kStructured, simple()),
+  EXPECT_EQ(spoiled(kAsk, ReplyStyle::kStructured, simple()),
             "the server sent the status of 0 contexts, not of 2, and claims success");
   EXPECT_EQ(fault(kAsk, other, other), "the server sent the status of \"qemu:x\" twice");
   EXPECT_EQ(fault(kAsk, chunk(kMore, kStatus, status(8, {{512, 0}}))),
@@ -707,11 +706,11 @@ TEST(ReplyChecker, FailsAStatusThatDoesNotAddUp) {
             "the server sent 2 descriptors, where one was asked for");
   EXPECT_EQ(fault(one, base({{4097, 0}})),
             "the server sent a descriptor of 4097 bytes, longer than asked for");
-  EXPECT_TRUE(answer(one, HeaderStyle::kStructured, join(other, base({{4096, 0}}), chunk(kLast, 0)))
-                  .result);
+  EXPECT_TRUE(
+      answer(one, ReplyStyle::kStructured, join(other, base({{4096, 0}}), chunk(kLast, 0))).result);
 
   const auto ext = [](std::initializer_list<StatusExtent> extents) {
-    return spoiled(kAsk, HeaderStyle::kExtended,
+    return spoiled(kAsk, ReplyStyle::kExtended,
                    join(extended(kMore, kStatusExt, status_ext(7, extents)), extended(kLast, 0)));
   };
   EXPECT_EQ(ext({{~std::uint64_t{0}, 0}}),

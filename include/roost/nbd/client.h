@@ -54,7 +54,7 @@ class AioContext;
 
 namespace roost::nbd {
 
-class NbdConnection;
+class ClientConnection;
 
 /// Puts TLS over the channel, or fails; the channel is gone then.
 using StartTls = std::function<Task<Result<std::unique_ptr<Channel>>>(std::unique_ptr<Channel>,
@@ -161,7 +161,7 @@ class NbdClient {
   std::size_t in_flight() const;
 
  private:
-  explicit NbdClient(std::shared_ptr<NbdConnection> connection);
+  explicit NbdClient(std::shared_ptr<ClientConnection> connection);
 
   Result<void> check(const ClientRequest& request, std::uint16_t needs,
                      std::uint16_t allowed_flags) const;
@@ -169,7 +169,7 @@ class NbdClient {
   Task<Result<void>> in_parts(ClientRequest request, std::span<const iovec> data,
                               std::stop_token stop, WhenStopped when);
 
-  const std::shared_ptr<NbdConnection> connection_;
+  const std::shared_ptr<ClientConnection> connection_;
 };
 
 }  // namespace roost::nbd

@@ -46,9 +46,6 @@
 
 namespace roost::nbd {
 
-/// How requests and replies look.
-enum class HeaderStyle : std::uint8_t { kSimple, kStructured, kExtended };
-
 /// A metadata context and the number that stands for it on this connection.
 struct MetaContext {
   std::uint32_t id = 0;
@@ -101,7 +98,7 @@ class ClientNegotiation {
     std::string canonical_name{};    // the wished one unless the server told another
     std::string description{};
 
-    HeaderStyle headers = HeaderStyle::kSimple;
+    ReplyStyle headers = ReplyStyle::kSimple;
     bool tls = false;
     std::vector<MetaContext> contexts{};  // in kListMetaContexts their ids mean nothing
     std::vector<ListEntry> entries{};

@@ -66,13 +66,13 @@ std::string to_string(const ClientRequest& request);
 inline constexpr std::size_t kMaxRequestHeader = kExtendedRequestSize;
 
 /// The most a request's length may be under the headers that were negotiated.
-constexpr std::uint64_t longest_request(HeaderStyle style) {
-  return style == HeaderStyle::kExtended ? ~std::uint64_t{0} : 0xffffffff;
+constexpr std::uint64_t longest_request(ReplyStyle style) {
+  return style == ReplyStyle::kExtended ? ~std::uint64_t{0} : 0xffffffff;
 }
 
 /// Writes the header of a request and returns its size. The data of a WRITE follows it.
 /// REQUIRES: request.length <= longest_request(style).
-std::size_t encode_request(std::span<std::byte, kMaxRequestHeader> to, HeaderStyle style,
+std::size_t encode_request(std::span<std::byte, kMaxRequestHeader> to, ReplyStyle style,
                            const ClientRequest& request);
 
 /// One simple reply, or one chunk of a structured or extended one.
@@ -116,7 +116,7 @@ class ReplyParser {
   /// Error chunks may have fields of later versions behind those that are known.
   static constexpr std::uint32_t kMaxErrorSize = 2 * kMaxString;
 
-  explicit ReplyParser(HeaderStyle style) : style_(style) {}
+  explicit ReplyParser(ReplyStyle style) : style_(style) {}
 
   /// Takes the next message, without its payload, off the front of `input`. Everything of `input`
   /// was taken on kNeedInput; a message that is cut by the end of `input` goes on with the next.
@@ -168,7 +168,7 @@ class ReplyParser {
   void parse(std::span<const std::byte> bytes, ReplyMessage& message);
   std::size_t lie(std::string what);
 
-  const HeaderStyle style_;
+  const ReplyStyle style_;
   std::vector<std::byte> buffer_;  // the beginning of a message that was cut
   std::uint32_t payload_left_ = 0;
   bool skipping_ = false;
@@ -236,7 +236,7 @@ class ReplyChecker {
   };
 
   /// `contexts` are those that were negotiated, and must outlive the checker.
-  ReplyChecker(const ClientRequest& request, HeaderStyle style,
+  ReplyChecker(const ClientRequest& request, ReplyStyle style,
                std::span<const MetaContext> contexts = {});
 
   Verdict check(const ReplyMessage& message);
@@ -275,7 +275,7 @@ class ReplyChecker {
   bool within_request(std::uint64_t offset, std::uint64_t size) const;
 
   ClientRequest request_;
-  HeaderStyle style_;
+  ReplyStyle style_;
   std::span<const MetaContext> contexts_;
 
   bool started_ = false;  // something of the reply was seen
