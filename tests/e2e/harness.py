@@ -194,7 +194,7 @@ class Daemon:
     SIGTERM with exit code 0, and must not have left a sanitizer's report."""
 
     def __init__(self, test, *arguments, listen=None, loop=None, ready=True, cwd=None,
-                 bare=False, sockets=()):
+                 bare=False, sockets=(), command="serve"):
         self.test = test
         self.log_path = os.path.join(test.folder, f"stderr.{len(test.daemons)}")
         loop = loop or test.loop
@@ -215,7 +215,7 @@ class Daemon:
         if bare:  # just the program
             command = [test.roost]
         else:
-            command = [test.roost, "serve", *map(str, arguments)]
+            command = [test.roost, command, *map(str, arguments)]
             if loop != "any":
                 command += ["--event-loop", loop]
             for address in listen:
