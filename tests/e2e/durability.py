@@ -5,13 +5,18 @@ The daemon serves a file on volatile_disk, which keeps writes in memory until it
 What has reached the file behind it has been synced; the page cache cannot answer for it."""
 
 import os
+import random
 import signal
+import struct
 import subprocess
+import threading
+import time
 
-from harness import (EVENT_LOOPS, MIB, Skip, case, check, check_equal, die_with_parent,
-                     private_mounts, sparse_file, wait_until)
+from harness import (EVENT_LOOPS, MIB, PATIENCE_S, Skip, case, check, check_equal,
+                     die_with_parent, private_mounts, sparse_file, wait_until)
 from nbd_client import (CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, EIO,
-                        Client)
+                        Client, Closed)
+from proxy import Proxy
 
 DISK_SIZE = 8 * MIB
 
@@ -28,12 +33,16 @@ class VolatileDisk:
         sparse_file(self.backing, DISK_SIZE)
         with open(self.backing, "r+b") as file:
             file.write(contents)
-        folder = test.path("mount")
-        os.mkdir(folder)
-        self.path = os.path.join(folder, "disk.img")
-        self.process = subprocess.Popen([program, *options, self.backing, folder],
-                                        stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
+        self.folder = test.path("mount")
+        os.mkdir(self.folder)
+        self.path = os.path.join(self.folder, "disk.img")
+        self.command = [program, *options, self.backing, self.folder]
         test.defer(self.end)
+        self.begin()
+
+    def begin(self):
+        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL,
+                                        preexec_fn=die_with_parent)
         wait_until(lambda: self.process.poll() is not None or os.path.exists(self.path),
                    "the mount")
         if self.process.poll() is not None:
@@ -177,3 +186,166 @@ def media_errors_are_reported(test):
             client.write(MIB, b"h" * 4096)
             check_equal(client.read(MIB, 4096), b"h" * 4096, "a good write")
             client.disconnect()
+
+
+# --- kills at random moments ---------------------------------------------------------------------
+
+BLOCK = 4096
+WRITERS = 3
+BLOCKS = DISK_SIZE // BLOCK // WRITERS  # of each writer
+# The long form: ROOST_KILLS=200 tests/e2e/run.py --roost ... nothing_flushed_is_lost_by_kills
+KILLS = int(os.environ.get("ROOST_KILLS", "10"))
+SEED = int(os.environ.get("ROOST_KILL_SEED", "1"))
+
+
+def block_of(offset, sequence):
+    return struct.pack("<QQ", offset, sequence) * (BLOCK // 16)
+
+
+class Ledger:
+    """What may be on the disk: for each block the newest write that has to be there, and those
+    after it, which may. Shared by the writers, for a flush of one covers the writes of all."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.sequence = 0
+        self.flushed = {}  # offset -> sequence
+        self.acknowledged = {}  # offset -> sequence, of the newest acknowledged write
+        self.possible = {}  # offset -> sequences that were sent since the flushed one
+        self.durable = 0  # acknowledgements that something is durable
+
+    def send(self, offset):
+        with self.lock:
+            self.sequence += 1
+            self.possible.setdefault(offset, []).append(self.sequence)
+            return self.sequence
+
+    def acknowledge(self, offset, sequence, fua=False):
+        with self.lock:
+            self.acknowledged[offset] = sequence
+            if fua:
+                self.make_durable({offset: sequence})
+
+    def before_flush(self):
+        with self.lock:
+            return dict(self.acknowledged)
+
+    def after_flush(self, covered):
+        with self.lock:
+            self.make_durable(covered)
+
+    def make_durable(self, covered):
+        self.durable += 1
+        for offset, sequence in covered.items():
+            if self.flushed.get(offset, 0) < sequence:
+                self.flushed[offset] = sequence
+                self.possible[offset] = [s for s in self.possible[offset] if s > sequence]
+
+    def check(self, read):
+        """Compares with the disk. What was lost may not come back, what is there stays."""
+        for offset in range(0, WRITERS * BLOCKS * BLOCK, BLOCK):
+            seen = read(offset, BLOCK)
+            flushed = self.flushed.get(offset, 0)
+            allowed = {block_of(offset, flushed)[:16] if flushed else bytes(16): flushed}
+            for sequence in self.possible.get(offset, ()):
+                allowed[block_of(offset, sequence)[:16]] = sequence
+            # A kill may come in the middle of a write, so each unit is old or new.
+            for at in range(0, BLOCK, 16):
+                check(seen[at:at + 16] in allowed,
+                      f"block at {offset}: {struct.unpack('<QQ', seen[at:at + 16])}, flushed was "
+                      f"{flushed}, sent since {self.possible.get(offset, [])}")
+            units = {allowed[seen[at:at + 16]] for at in range(0, BLOCK, 16)}
+            self.acknowledged.pop(offset, None)
+            if len(units) == 1:
+                self.flushed[offset] = units.pop()
+                self.possible[offset] = []
+
+
+class RandomWriter(threading.Thread):
+    """Writes to blocks of its own, several at a time, never two at one block; some with FUA, and
+    now and then a flush. Ends when the connection does."""
+
+    DEPTH = 6
+
+    def __init__(self, uri, number, ledger, seed):
+        super().__init__(daemon=True)
+        self.client = Client(uri)
+        self.number = number
+        self.ledger = ledger
+        self.rng = random.Random(seed)
+        self.problem = None
+
+    def run(self):
+        under_way = {}  # cookie -> (offset, sequence, fua), or what a flush covers
+        busy = set()
+        try:
+            while True:
+                while len(under_way) < self.DEPTH:
+                    if self.rng.random() < 0.1:
+                        covered = self.ledger.before_flush()
+                        under_way[self.client.request(CMD_FLUSH)] = covered
+                        continue
+                    offset = (self.number * BLOCKS + self.rng.randrange(BLOCKS)) * BLOCK
+                    if offset in busy:
+                        continue
+                    busy.add(offset)
+                    fua = self.rng.random() < 0.1
+                    sequence = self.ledger.send(offset)
+                    cookie = self.client.request(CMD_WRITE, offset, BLOCK,
+                                                 block_of(offset, sequence),
+                                                 flags=CMD_FLAG_FUA if fua else 0)
+                    under_way[cookie] = (offset, sequence, fua)
+                cookie, error, _ = self.client.reply()
+                check_equal(error, 0, "error of a request")
+                done = under_way.pop(cookie)
+                if isinstance(done, dict):
+                    self.ledger.after_flush(done)
+                else:
+                    busy.remove(done[0])
+                    self.ledger.acknowledge(*done)
+        except Closed:
+            pass
+        except Exception as error:  # noqa: BLE001: reported by the main thread
+            self.problem = error
+        finally:
+            self.client.socket.close()
+
+
+@case(timeout_s=60, serial=True)
+def nothing_flushed_is_lost_by_kills(test):
+    """The server, or the proxy before it, is killed, and the disk loses what was not synced."""
+    disk = VolatileDisk(test)
+    ledger = Ledger()
+    rng = random.Random(SEED)
+    counts = {"server": 0, "proxy": 0}
+    for round in range(KILLS):
+        server = test.serve(disk.path, "--iothreads", 2)
+        proxy = Proxy(test, server, "--delay", "0:2", "--reorder", "0.2", "--seed", SEED + round)
+        writers = [RandomWriter(proxy.uri, number, ledger, rng.random())
+                   for number in range(WRITERS)]
+        # Not by time: so many writes after the first flush as the seed says.
+        before, enough = ledger.durable, rng.randrange(3, 30)
+        for writer in writers:
+            writer.start()
+        deadline = time.monotonic() + PATIENCE_S
+        while ledger.durable - before < enough:
+            check(all(writer.is_alive() for writer in writers),
+                  f"a writer has stopped: {[writer.problem for writer in writers]}")
+            check(time.monotonic() < deadline, "the writers do not get on")
+            time.sleep(0.001)
+        victim = rng.choice(("server", "proxy"))
+        counts[victim] += 1
+        {"server": server, "proxy": proxy}[victim].kill()
+        for writer in writers:
+            writer.join(PATIENCE_S)
+            check(not writer.is_alive(), "a writer does not notice that the connection is gone")
+            if writer.problem:
+                raise writer.problem
+        server.kill()
+        proxy.kill()
+        test.daemons.clear()
+        # What has not reached the file behind the disk is lost with the process.
+        disk.end()
+        ledger.check(disk.stored)
+        disk.begin()
+    print(f"{KILLS} kills ({counts}), {ledger.sequence} writes, {ledger.durable} flushes and FUA")

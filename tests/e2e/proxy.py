@@ -52,7 +52,8 @@ def late_and_reordered_replies_do_no_harm(test):
 
 @case(timeout_s=120)
 def what_is_wrong_is_noticed(test):
-    with test.serve(f"mem:{DISK_SIZE}") as server:
+    pattern_file(test.path("disk.img"), DISK_SIZE)
+    with test.serve(test.path("disk.img")) as server:
         for fault in (("--truncate", 1), ("--corrupt", 1, "--corrupt-field", "magic"),
                       ("--corrupt", 1, "--corrupt-field", "cookie"), ("--kill-at", 2),
                       ("--drop", 1), ("--drop-after", 100_000)):
@@ -86,7 +87,8 @@ def a_seed_brings_the_same_faults(test):
 
 @case()
 def a_killed_proxy_is_gone(test):
-    with test.serve(f"mem:{DISK_SIZE}") as server:
+    pattern_file(test.path("disk.img"), DISK_SIZE)
+    with test.serve(test.path("disk.img")) as server:
         proxy = Proxy(test, server, "--kill-at", 3, "--exit", "--verbose")
         done = run("nbdcopy", "--request-size=65536", proxy.uri, "null:", check_exit=False,
                    timeout=20)
