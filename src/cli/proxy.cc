@@ -14,7 +14,7 @@
 
 #include "cli/commands.h"
 #include "cli/runtime.h"
-#include "export/nbd_proxy.h"
+#include "roost/export/nbd_proxy.h"
 #include "roost/io/listener.h"
 #include "roost/io/socket_channel.h"
 #include "roost/nbd/target.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "export/nbd_proxy.h"
+#include "roost/export/nbd_proxy.h"
 
 #include <fmt/format.h>
 

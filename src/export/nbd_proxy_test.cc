@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The proxy between the client and the server of this project, over channels in memory.
-#include "export/nbd_proxy.h"
+#include "roost/export/nbd_proxy.h"
 
 #include <gtest/gtest.h>
 
