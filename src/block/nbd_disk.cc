@@ -37,7 +37,8 @@ class NbdDisk final : public BlockDriver {
 
   Task<Result<void>> write(std::uint64_t offset, std::span<const iovec> from, bool fua) override {
     const bool flag = fua && first().offers(nbd::kTransmissionSendFua);
-    Result<void> written = co_await choose().writev(offset, from, flag ? nbd::kCommandFua : 0);
+    const std::uint16_t flags = flag ? nbd::kCommandFua : 0;
+    Result<void> written = co_await choose().writev(offset, from, flags);
     if (written && fua && !flag) co_return co_await flush();
     co_return written;
   }
