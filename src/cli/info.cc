@@ -55,13 +55,13 @@ constexpr std::pair<std::uint16_t, const char*> kFlags[] = {
     {nbd::kTransmissionBlockStatusPayload, "block-status-payload"},
 };
 
-const char* headers_name(nbd::HeaderStyle style) {
+const char* headers_name(nbd::ReplyStyle style) {
   switch (style) {
-    case nbd::HeaderStyle::kSimple:
+    case nbd::ReplyStyle::kSimple:
       return "simple";
-    case nbd::HeaderStyle::kStructured:
+    case nbd::ReplyStyle::kStructured:
       return "structured";
-    case nbd::HeaderStyle::kExtended:
+    case nbd::ReplyStyle::kExtended:
       return "extended";
   }
   return "";
