@@ -170,7 +170,7 @@ class NbdServer {
 
   const Options options_;
 
-  std::vector<std::unique_ptr<BufferCache>> reply_memory_;  // one a context, used only there
+  std::vector<std::unique_ptr<BufferCache>> memory_;  // one a context, used only there
 
   // Main thread.
   std::vector<std::unique_ptr<Listener>> listeners_;
