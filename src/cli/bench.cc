@@ -155,8 +155,7 @@ class Benchmark {
       }
       clients_.push_back(std::move(*client));
       // Before the next one: a server that serves one client at a time would never answer it.
-      if (command_.connections > 1 &&
-          !clients_.front()->offers(nbd::kTransmissionCanMultiConn)) {
+      if (command_.connections > 1 && !clients_.front()->offers(nbd::kTransmissionCanMultiConn)) {
         good = fail(ENOTSUP, command_.uri + ": the server does not allow several connections");
       }
     }

@@ -9,7 +9,7 @@ import socket
 import subprocess
 
 from harness import (KIB, MIB, PATIENCE_S, Failure, case, check, check_equal, die_with_parent,
-                     need_program, run, same_contents, sparse_file, wait_until)
+                     need_program, pattern_file, run, same_contents, sparse_file, wait_until)
 
 SIZE = 12 * MIB + 512
 
@@ -226,3 +226,47 @@ def roost_copy_with_nbd_server(test):
     listed = json.loads(roost(test, "info", uri, "--list", "--json").stdout)
     check_equal([one["name"] for one in listed], ["disk"], "exports")
     measure(test, uri)
+
+
+def copy_over_a_crash(test, serve, disk, source, destination, grows):
+    """The server is killed and started again while a copy is under way."""
+    daemon = serve()
+    uri = daemon.uri
+    arguments = [uri if part is None else part for part in (source, destination)]
+    # Small requests, one at a time, so that it is not over too soon.
+    copying = subprocess.Popen([test.roost, "copy", *arguments, "--verify", "--depth", "1",
+                                "--iothreads", "1", "--request-size", "4K"],
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
+    try:
+        for part in (1, 2, 3):
+            wait_until(lambda: copying.poll() is not None or
+                       (os.path.exists(grows) and
+                        os.stat(grows).st_blocks * 512 >= part * 4 * MIB), "the copy goes on")
+            check(copying.poll() is None,
+                  f"the copy was over too soon: {copying.poll()}")
+            daemon.kill()
+            daemon = serve()
+        out, _ = copying.communicate(timeout=3 * PATIENCE_S)
+        check_equal(copying.returncode, 0, f"exit code of roost copy ({out})")
+    finally:
+        if copying.poll() is None:
+            copying.kill()
+        copying.wait()
+    daemon.terminate()
+    check(same_contents(source or disk, destination or disk), "the copy is not right")
+
+
+@case(timeout_s=120)
+def roost_copy_to_a_server_that_crashes(test):
+    source, disk = test.path("source"), test.path("disk")
+    pattern_file(source, 64 * MIB)
+    sparse_file(disk, 64 * MIB)
+    copy_over_a_crash(test, lambda: test.serve(disk), disk, source, None, disk)
+
+
+@case(timeout_s=120)
+def roost_copy_from_a_server_that_crashes(test):
+    disk, back = test.path("disk"), test.path("back")
+    pattern_file(disk, 64 * MIB)
+    copy_over_a_crash(test, lambda: test.serve(disk), disk, None, back, back)
