@@ -149,18 +149,19 @@ class Benchmark {
     for (unsigned i = 0; i < command_.connections && good; ++i) {
       co_await move_to(*contexts[i % contexts.size()]);
       auto client = co_await target->connect(wishes, runtime_.stop());
-      if (client) {
-        clients_.push_back(std::move(*client));
-      } else {
+      if (!client) {
         good = std::unexpected(std::move(client.error()));
+        break;
+      }
+      clients_.push_back(std::move(*client));
+      // Before the next one: a server that serves one client at a time would never answer it.
+      if (command_.connections > 1 && !clients_.front()->offers(nbd::kTransmissionCanMultiConn)) {
+        good = fail(ENOTSUP, command_.uri + ": the server does not allow several connections");
       }
     }
     co_await move_to(runtime_.main());
     if (!good) co_return good;
     const nbd::NbdClient& first = *clients_.front();
-    if (clients_.size() > 1 && !first.offers(nbd::kTransmissionCanMultiConn)) {
-      co_return fail(ENOTSUP, command_.uri + ": the server does not allow several connections");
-    }
     if (command_.writes > 0 && first.offers(nbd::kTransmissionReadOnly)) {
       co_return fail(EROFS, command_.uri);
     }

@@ -97,6 +97,8 @@ Task<Result<std::unique_ptr<BlockDriver>>> open_any_disk(Runtime& runtime, std::
   how.contexts = runtime.contexts();
   how.connections = connections;
   how.read_only = options.read_only;
+  // Whoever copies writes every block once, and nobody else writes.
+  how.replay_writes = true;
   co_return co_await open_nbd_disk(std::move(*target), std::move(how), runtime.stop());
 }
 

@@ -19,6 +19,7 @@ import crash  # noqa: F401
 import direct  # noqa: F401
 import durability  # noqa: F401
 import errors  # noqa: F401
+import foreign  # noqa: F401
 import hostile  # noqa: F401
 import lifecycle  # noqa: F401
 import protocol  # noqa: F401
