@@ -63,6 +63,7 @@ class FileEngines {
   }
 
   void flush() {
+    pool_->flush();
     if (linux_aio_) linux_aio_->flush();
   }
 

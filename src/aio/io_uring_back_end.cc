@@ -30,8 +30,8 @@ constexpr unsigned kSubmissions = 256;
 constexpr unsigned kCompletions = 4096;
 constexpr unsigned kMaxReaped = 256;
 
-// Sends that one iteration may make at once before they have to queue, so that a coroutine whose
-// sends never block does not keep the loop to itself.
+// Sends and receives that one iteration may make at once before they have to queue, so that a
+// coroutine whose sends never block does not keep the loop to itself.
 constexpr unsigned kMaxImmediate = 64;
 
 // Linux 6.1, and what Linux 5.19 has of it. (Also from 5.19: cancelling everything at once.)
@@ -126,10 +126,12 @@ class IoUringBackEnd final : public BackEnd {
   }
 
   // A send most often finds room, and is alone: tried at once it costs one system call, as it would
-  // through the ring, and neither a submission nor a completion nor a turn of the loop. Reads share
-  // one call: those of what is in the page cache complete within the call that submits them.
+  // through the ring, and neither a submission nor a completion nor a turn of the loop. So does a
+  // receive of what is there. Reads share one call: those of what is in the page cache complete
+  // within the call that submits them.
   bool try_now(IoRequest& request) override {
-    if (request.op != IoRequest::Op::kSendMsg || immediate_ >= kMaxImmediate) return false;
+    if (request.op != IoRequest::Op::kSendMsg && !request.likely) return false;
+    if (immediate_ >= kMaxImmediate) return false;
     request.result = request.execute(true);
     if (request.result == -EAGAIN) return false;
     ++immediate_;
@@ -202,6 +204,14 @@ class IoUringBackEnd final : public BackEnd {
         io_uring_prep_read(&sqe, r.fd, r.address, r.length, r.offset);
         break;
       case IoRequest::Op::kWritev:
+        if (r.length == 1) {
+          // One piece: nothing for the kernel to copy where a worker has to do it.
+          const iovec& piece = *static_cast<const iovec*>(r.address);
+          io_uring_prep_write(&sqe, r.fd, piece.iov_base, static_cast<unsigned>(piece.iov_len),
+                              r.offset);
+          sqe.rw_flags = r.flags;
+          break;
+        }
         io_uring_prep_writev2(&sqe, r.fd, static_cast<const iovec*>(r.address), r.length, r.offset,
                               r.flags);
         break;
@@ -351,7 +361,7 @@ class IoUringBackEnd final : public BackEnd {
   io_uring ring_{};
   unsigned outstanding_ = 0;  // completions to come, for the destructor
   Requests requests_;
-  unsigned immediate_ = 0;  // sends that this iteration has made at once
+  unsigned immediate_ = 0;  // sends and receives that this iteration has made at once
   bool closing_ = false;
   const bool files_in_ring_;
   std::optional<FileEngines> files_;  // null once the back end goes

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: MIT
-// File operations as jobs of a thread pool.
+// File operations as jobs of a thread pool. Writes to one file that are started together are one
+// job: a file system takes them one after the other anyway, and to wake a worker, and the loop, for
+// each costs more than a write of a few pages to the page cache.
 
 #include <cerrno>
 #include <system_error>
@@ -19,8 +21,18 @@ class PoolEngine final : public FileEngine {
   PoolEngine(AioContext& context, Requests& requests, std::shared_ptr<ThreadPool> pool)
       : context_(context), requests_(requests), pool_(std::move(pool)) {}
 
+  ~PoolEngine() override { ROOST_CHECK(pending_.empty(), "writes were never handed over"); }
+
   void start(IoRequest& request) override {
     if (!pool_) pool_ = std::make_shared<ThreadPool>();
+    if (request.op == IoRequest::Op::kWritev && request.flags == 0) {
+      if (pending_count_ > 0 && pending_fd_ != request.fd) submit_pending();
+      request.job = nullptr;
+      pending_.push(request);
+      pending_fd_ = request.fd;
+      if (++pending_count_ == kMaxBatch) submit_pending();
+      return;
+    }
     auto* job = new Job(*this, request);
     request.job = job;
     pool_->submit(*job);
@@ -28,41 +40,94 @@ class PoolEngine final : public FileEngine {
 
   // A job that has started is waited for, and tells what it did.
   void cancel(IoRequest& request) override {
-    auto* job = static_cast<Job*>(request.job);
-    if (!pool_->withdraw(*job)) return;
-    delete job;
+    if (!request.job) {
+      pending_.remove(request);
+      --pending_count_;
+    } else {
+      auto* job = static_cast<Job*>(request.job);
+      if (!pool_->withdraw(*job)) return;
+      job->requests.remove(request);
+      if (job->batch) --batches_running_;
+      if (!job->requests.empty()) submit_batch(job->requests, request.fd);
+      delete job;
+    }
     requests_.end_later(request, -ECANCELED);
   }
 
+  // What comes while a batch of the same file runs makes up the next.
+  void flush() override {
+    if (pending_count_ == 0 || (batches_running_ > 0 && running_fd_ == pending_fd_)) return;
+    submit_pending();
+  }
+
  private:
+  // Writes that one job takes: enough to make waking a worker cheap, and few enough for the first
+  // not to wait long for the last.
+  static constexpr unsigned kMaxBatch = 32;
+
   struct Job : ThreadPool::Work, CallbackEntry {
-    Job(PoolEngine& owner, IoRequest& r)
-        : CallbackEntry(&deliver), engine(owner), context(owner.context_), request(r) {
+    Job(PoolEngine& owner, IoRequest& r) : Job(owner) { requests.push(r); }
+    Job(PoolEngine& owner, RequestList list) : Job(owner) {
+      requests = list;
+      batch = true;
+    }
+    explicit Job(PoolEngine& owner)
+        : CallbackEntry(&deliver), engine(owner), context(owner.context_) {
       ThreadPool::Work::run = &execute;
     }
     static void execute(ThreadPool::Work& work) noexcept {
       auto& job = static_cast<Job&>(work);
-      job.request.result = job.request.execute(false);
+      for (IoRequest* one = job.requests.first(); one; one = one->next) {
+        one->result = one->execute(false);
+      }
       // After the post the job belongs to the context.
       ROOST_CHECK(job.context.post(job), "I/O finished after its context '{}' was closed",
                   job.context.name());
     }
     static bool deliver(CallbackEntry& entry) noexcept {
       auto& job = static_cast<Job&>(entry);
-      IoRequest& request = job.request;
       Requests& requests = job.engine.requests_;
+      RequestList done = job.requests;
+      if (job.batch) --job.engine.batches_running_;
       delete &job;
-      requests.end(request);
+      IoRequest* const first = done.pop();
+      if (done.empty()) {
+        requests.end(*first);
+        return true;
+      }
+      // A nested poll goes on with the others.
+      requests.end_later(*first, first->result);
+      while (IoRequest* const one = done.pop()) requests.end_later(*one, one->result);
+      requests.end_those_that_have();
       return true;
     }
     PoolEngine& engine;
     AioContext& context;
-    IoRequest& request;
+    RequestList requests;
+    bool batch = false;
   };
+
+  void submit_pending() {
+    pending_count_ = 0;
+    submit_batch(std::exchange(pending_, {}), pending_fd_);
+  }
+
+  void submit_batch(RequestList list, int fd) {
+    auto* job = new Job(*this, list);
+    for (IoRequest* one = list.first(); one; one = one->next) one->job = job;
+    ++batches_running_;
+    running_fd_ = fd;
+    pool_->submit(*job);
+  }
 
   AioContext& context_;
   Requests& requests_;
   std::shared_ptr<ThreadPool> pool_;
+  RequestList pending_;  // writes to one file, not handed over yet
+  unsigned pending_count_ = 0;
+  int pending_fd_ = -1;
+  unsigned batches_running_ = 0;
+  int running_fd_ = -1;  // the file of the last batch
 };
 
 }  // namespace

@@ -16,6 +16,7 @@ namespace roost {
 class RequestList {
  public:
   bool empty() const noexcept { return !head_; }
+  IoRequest* first() const noexcept { return head_; }
 
   void push(IoRequest& request) noexcept {
     request.next = nullptr;

@@ -33,8 +33,8 @@ class NbdDisk final : public BlockDriver {
 
   Task<Result<void>> write(std::uint64_t offset, std::span<const iovec> from, bool fua) override {
     const bool flag = fua && remote_->offers(nbd::kTransmissionSendFua);
-    const std::uint16_t command_flags = flag ? nbd::kCommandFua : 0;
-    Result<void> written = co_await remote_->writev(offset, from, command_flags);
+    const std::uint16_t flags = flag ? nbd::kCommandFua : 0;
+    Result<void> written = co_await remote_->writev(offset, from, flags);
     if (written && fua && !flag) co_return co_await flush();
     co_return written;
   }

@@ -16,5 +16,6 @@ using Action = std::function<int()>;
 void add_copy(CLI::App& app, Action& action);
 void add_bench(CLI::App& app, Action& action);
 void add_info(CLI::App& app, Action& action);
+void add_proxy(CLI::App& app, Action& action);
 
 }  // namespace roost::cli

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// BufferCache: memory for replies, used again while it is warm.
+// BufferCache: memory for replies and for the data of writes, used again while it is warm.
 //
-// Replies come and go by the batch. The general allocator gives a batch that was freed back to the
-// system, page by page, and gets it again for the next one: a page fault for every 4 KiB sent. Here
-// the buffer that was freed last is the first to go out again, so it is also the one most likely
-// still in the CPU's cache.
+// Both come and go by the batch. The general allocator gives a batch that was freed back to the
+// system, page by page, and gets it again for the next one: a page fault for every 4 KiB sent or
+// received. Here the buffer that was freed last is the first to go out again, so it is also the one
+// most likely still in the CPU's cache.
 //
 // Threads: one: the context whose connections share it.
 // Lifetime: outlives its buffers.
@@ -13,6 +13,7 @@
 #include <array>
 #include <bit>
 #include <cstddef>
+#include <new>
 
 namespace roost {
 
@@ -67,6 +68,32 @@ class BufferCache {
   std::array<Free*, kClasses> free_{};
   std::size_t kept_ = 0;   // bytes in free_
   std::size_t taken_ = 0;  // buffers
+};
+
+/// For std::allocate_shared and the like. REQUIRES: T's alignment is at most kAlignment.
+template <class T>
+struct BufferCacheAllocator {
+  using value_type = T;
+
+  explicit BufferCacheAllocator(BufferCache& c) noexcept : cache(&c) {}
+  template <class U>
+  BufferCacheAllocator(const BufferCacheAllocator<U>& other) noexcept : cache(other.cache) {}
+
+  T* allocate(std::size_t count) {
+    static_assert(alignof(T) <= BufferCache::kAlignment);
+    void* const memory = cache->take(count * sizeof(T));
+    if (!memory) throw std::bad_alloc();
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, std::size_t count) noexcept {
+    cache->give_back(memory, count * sizeof(T));
+  }
+  template <class U>
+  bool operator==(const BufferCacheAllocator<U>& other) const noexcept {
+    return cache == other.cache;
+  }
+
+  BufferCache* cache;
 };
 
 }  // namespace roost

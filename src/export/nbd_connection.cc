@@ -21,6 +21,12 @@ namespace {
 // One receive: a full queue of small requests, and of small writes with their data.
 constexpr std::size_t kChunkSize = 128 << 10;
 
+// A write from here on gets all of its data in one piece of memory of its own. Who sends one most
+// often sends another: the next receive takes little more than the request, so that the data is
+// received, and not copied, to where the disk takes it from.
+constexpr std::size_t kLargeWrite = 64 << 10;
+constexpr std::size_t kSmallReceive = 4 << 10;
+
 // Replies in one send: what IOV_MAX allows and more than a client has in flight.
 constexpr std::size_t kMaxRepliesPerSend = 256;
 
@@ -96,12 +102,30 @@ struct alignas(BufferCache::kAlignment) NbdConnection::Reply {
 };
 
 // The data of a WRITE, where the socket put it: the part that came with the request in the chunk,
-// the rest in memory of its own.
+// the rest in memory of its own; or all of it there.
 struct NbdConnection::WritePayload {
+  explicit WritePayload(BufferCache& c) noexcept : cache(&c) {}
+  WritePayload(WritePayload&& other) noexcept
+      : chunk(std::move(other.chunk)),
+        front(other.front),
+        rest(std::exchange(other.rest, {})),
+        cache(other.cache) {}
+  WritePayload& operator=(WritePayload&&) = delete;
+  ~WritePayload() {
+    if (!rest.empty()) cache->give_back(rest.data(), rest.size());
+  }
+
+  // False: there is no memory. REQUIRES: `size` is above 0; only once.
+  bool take_rest(std::size_t size) noexcept {
+    auto* const memory = static_cast<std::byte*>(cache->take(size));
+    if (memory) rest = {memory, size};
+    return memory;
+  }
+
   std::shared_ptr<Chunk> chunk;
   std::span<const std::byte> front;
-  std::unique_ptr<std::byte, decltype(&std::free)> rest{nullptr, &std::free};
-  std::size_t rest_size = 0;
+  std::span<std::byte> rest;
+  BufferCache* cache;
 };
 
 NbdConnection::NbdConnection(NbdServer& server, std::unique_ptr<Channel> channel)
@@ -238,7 +262,7 @@ Task<bool> NbdConnection::negotiate() {
   chunk_->filled = kChunkSize;  // until unparsed_ is used up
 
   AioContext& home = *server_.options_.io_contexts[place_.context];
-  reply_memory_ = server_.reply_memory_[place_.context].get();
+  memory_ = server_.memory_[place_.context].get();
   co_await move_to(home);
   context_ = &home;
   co_return true;
@@ -334,8 +358,10 @@ Task<void> NbdConnection::transmit() {
       co_await yield();
     }
   }
-  // Nobody on this context is being answered: what is kept is of no use for now.
-  if (reply_memory_->taken() == 0) reply_memory_->clear();
+  // Nobody on this context is being answered, nor has anything to be written: what is kept is of no
+  // use for now.
+  chunk_.reset();
+  if (memory_->taken() == 0) memory_->clear();
   if (dead_) co_return;
   if (encrypted_) {
     // The protocol wants the session ended. One that is not read is not missed.
@@ -360,10 +386,12 @@ Task<void> NbdConnection::read_requests() {
         if (chunk_.use_count() == 1) {
           chunk_->filled = 0;
         } else if (chunk_->room().size() < kChunkSize / 2) {
-          chunk_ = std::make_shared_for_overwrite<Chunk>();
+          chunk_.reset();  // the next may be the same memory
+          chunk_ = std::allocate_shared_for_overwrite<Chunk>(BufferCacheAllocator<Chunk>(*memory_));
           chunk_->filled = 0;
         }
-        const std::span<std::byte> room = chunk_->room();
+        std::span<std::byte> room = chunk_->room();
+        if (std::exchange(large_writes_, false)) room = room.first(kSmallReceive);
         const Result<std::size_t> n = co_await channel_->read(room, stop_.token());
         if (!n || *n == 0) {
           done = true;
@@ -453,26 +481,35 @@ void NbdConnection::start(const nbd::Request& request, std::size_t bytes_held, M
 
 Task<bool> NbdConnection::accept_write(std::span<const std::byte>& input,
                                        const nbd::Request& request) {
-  WritePayload payload;
-  payload.chunk = chunk_;
+  WritePayload payload(*memory_);
   payload.front = parser_.take_payload(input);
-  payload.rest_size = parser_.payload_left();
-  if (payload.rest_size > 0) {
-    // Received straight to where the disk takes it from.
-    payload.rest.reset(static_cast<std::byte*>(std::malloc(payload.rest_size)));
-    if (!payload.rest) {
+  const std::size_t missing = parser_.payload_left();
+  large_writes_ = request.length >= kLargeWrite;
+  // What came with the request is copied where that is little.
+  const bool copied = large_writes_ && missing > 0 && payload.front.size() <= kSmallReceive;
+  const std::size_t in_front = copied ? payload.front.size() : 0;
+  if (missing > 0) {
+    if (!payload.take_rest(in_front + missing)) {
       parser_.skip_payload();
       reply_error(request, ENOMEM, request.length);
       co_return true;
     }
-    const std::span<std::byte> rest(payload.rest.get(), payload.rest_size);
-    const Result<void> received = co_await channel_->read_full(rest, stop_.token());
+    if (copied) {
+      std::ranges::copy(payload.front, payload.rest.begin());
+      payload.front = {};
+    }
+  }
+  if (!payload.front.empty()) payload.chunk = chunk_;
+  if (missing > 0) {
+    // Received straight to where the disk takes it from.
+    const Result<void> received =
+        co_await channel_->read_full(payload.rest.subspan(in_front), stop_.token());
     if (!received) {
       if (receiving()) give_up("vanished in the middle of a write");
       give_place_back(request.length);  // there is nobody to answer
       co_return false;
     }
-    parser_.payload_received(static_cast<std::uint32_t>(payload.rest_size));
+    parser_.payload_received(static_cast<std::uint32_t>(missing));
   }
   start(request, request.length, [&] { return run_write(request, std::move(payload)); });
   co_return true;
@@ -513,7 +550,7 @@ NbdConnection::Reply* NbdConnection::make_data_reply(const nbd::Request& request
                                                      std::uint64_t offset, std::uint64_t length,
                                                      std::size_t bytes_held, bool last) noexcept {
   if (style() == nbd::ReplyStyle::kSimple) {
-    Reply* const reply = Reply::make(*reply_memory_, nbd::kSimpleReplySize, length, bytes_held);
+    Reply* const reply = Reply::make(*memory_, nbd::kSimpleReplySize, length, bytes_held);
     if (reply) {
       nbd::encode_simple_reply(
           std::span<std::byte, nbd::kSimpleReplySize>(reply->bytes(), nbd::kSimpleReplySize), 0,
@@ -522,7 +559,7 @@ NbdConnection::Reply* NbdConnection::make_data_reply(const nbd::Request& request
     return reply;
   }
   const std::size_t header_size = nbd::chunk_header_size(style());
-  Reply* const reply = Reply::make(*reply_memory_, header_size + 8, length, bytes_held, last);
+  Reply* const reply = Reply::make(*memory_, header_size + 8, length, bytes_held, last);
   if (reply) {
     nbd::encode_chunk_header(reply->bytes(), style(), request, last ? nbd::kReplyDone : 0,
                              nbd::ChunkType::kOffsetData, static_cast<std::uint32_t>(length + 8));
@@ -536,7 +573,7 @@ NbdConnection::Reply* NbdConnection::make_chunk(const nbd::Request& request, nbd
                                                 std::size_t payload, std::size_t bytes_held,
                                                 bool last) noexcept {
   Reply* const reply =
-      Reply::make(*reply_memory_, nbd::chunk_header_size(style()), payload, bytes_held, last);
+      Reply::make(*memory_, nbd::chunk_header_size(style()), payload, bytes_held, last);
   if (reply) {
     nbd::encode_chunk_header(reply->bytes(), style(), request, last ? nbd::kReplyDone : 0, type,
                              static_cast<std::uint32_t>(payload));
@@ -561,7 +598,7 @@ Task<void> NbdConnection::run_read(nbd::Request request) {
     result = out_of_memory();
   }
   if (!result) {
-    Reply::free(*reply_memory_, reply);
+    Reply::free(*memory_, reply);
     reply_result(request, result, request.length);
     co_return;
   }
@@ -605,7 +642,7 @@ Task<void> NbdConnection::run_sparse_read(nbd::Request request) {
       }
     }
     if (!result) {
-      Reply::free(*reply_memory_, reply);
+      Reply::free(*memory_, reply);
       reply_result(request, result, request.length, piece.offset);
       co_return;
     }
@@ -663,10 +700,10 @@ Task<void> NbdConnection::run_resize(nbd::Request request) {
 Task<void> NbdConnection::run_write(nbd::Request request, WritePayload payload) {
   std::array<iovec, 2> pieces{
       iovec{const_cast<std::byte*>(payload.front.data()), payload.front.size()},
-      iovec{payload.rest.get(), payload.rest_size}};
+      iovec{payload.rest.data(), payload.rest.size()}};
   std::span<const iovec> data = pieces;
   if (payload.front.empty()) data = data.last(1);
-  if (payload.rest_size == 0) data = data.first(1);
+  if (payload.rest.empty()) data = data.first(1);
   Result<void> result;
   try {
     result = co_await disk_->write(request.offset, data, request.fua());
@@ -733,7 +770,7 @@ void NbdConnection::reply_error(const nbd::Request& request, int error, std::siz
   if (style() == nbd::ReplyStyle::kSimple ||
       (code == 0 && style() == nbd::ReplyStyle::kStructured &&
        request.command != nbd::Command::kRead)) {
-    reply = Reply::make(*reply_memory_, nbd::kSimpleReplySize, 0, bytes_held);
+    reply = Reply::make(*memory_, nbd::kSimpleReplySize, 0, bytes_held);
     if (reply) {
       nbd::encode_simple_reply(
           std::span<std::byte, nbd::kSimpleReplySize>(reply->bytes(), nbd::kSimpleReplySize), code,
@@ -797,7 +834,7 @@ Task<void> NbdConnection::sender() {
       first_reply_ = reply->next;
       if (!first_reply_) last_reply_ = nullptr;
       if (reply->last) give_place_back(reply->bytes_held);
-      Reply::free(*reply_memory_, reply);
+      Reply::free(*memory_, reply);
     }
     wake_reader();
   }

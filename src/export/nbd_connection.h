@@ -107,13 +107,14 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   std::unique_ptr<Channel> channel_;  // null during the handshake of TLS
   bool encrypted_ = false;
   NbdServer::Place place_;
-  BufferCache* reply_memory_ = nullptr;  // of the context
+  BufferCache* memory_ = nullptr;  // of the context: for replies and what is received
   BlockDriver* disk_ = nullptr;
   std::string export_name_;
   nbd::ExportLimits limits_;  // its size as of the last request
   nbd::RequestParser parser_;
   std::shared_ptr<Chunk> chunk_;         // being received into; writes in flight share it
   std::span<const std::byte> unparsed_;  // received beyond the negotiation
+  bool large_writes_ = false;  // the last receive brought one
   Coroutine* reader_ = nullptr;
   bool reader_waits_ = false;  // for places, or for everything to end
   Coroutine* sender_ = nullptr;

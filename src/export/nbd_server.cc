@@ -77,7 +77,7 @@ NbdServer::NbdServer(Options options, std::vector<Export> exports)
                   options_.tls == nbd::TlsPolicy::kForbidden,
               "a server that does TLS needs credentials");
   for (std::size_t i = 0; i < options_.io_contexts.size(); ++i) {
-    reply_memory_.push_back(std::make_unique<BufferCache>());
+    memory_.push_back(std::make_unique<BufferCache>());
   }
   for (Export& exported : exports) {
     const Result<void> added = add_export(std::move(exported));

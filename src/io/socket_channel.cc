@@ -27,6 +27,8 @@ namespace {
 // A send and a receive that the kernel takes in one piece.
 constexpr std::size_t kMaxPieces = 1024;
 
+constexpr std::size_t kLargeReceive = 64 << 10;
+
 // How often a socket that lingers looks, and how long nothing must have come from a peer that had
 // more to say: longer than its kernel waits to try again.
 constexpr std::int64_t kLingerStepNs = 2'000'000;
@@ -99,8 +101,13 @@ Task<Result<std::size_t>> SocketChannel::do_readv(std::span<const iovec> to, boo
   const std::span<std::byte> buffer(static_cast<std::byte*>(to[0].iov_base), to[0].iov_len);
   for (;;) {
     if (in_transit(Direction::kRead)) co_await arrive();
-    CancellableIoAwaiter wait(io_recv(fd_.get(), buffer, flags).request(), stop, &slots_[0]);
+    IoRequest request = io_recv(fd_.get(), buffer, flags).request();
+    request.likely = all || more_is_likely_;
+    CancellableIoAwaiter wait(request, stop, &slots_[0]);
     const std::int64_t n = co_await std::move(wait);
+    // A large part that left no room for more has most often not got all there was.
+    more_is_likely_ =
+        buffer.size() >= kLargeReceive && n == static_cast<std::int64_t>(buffer.size());
     if (n >= 0) co_return static_cast<std::size_t>(n);
     if (n == -ECANCELED && stop.stop_requested())
       co_return cancelled("read from", "nothing was taken");

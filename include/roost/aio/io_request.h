@@ -61,6 +61,9 @@ struct IoRequest {
   /// the disk, and Linux AIO takes it.
   bool direct = false;
 
+  /// For receives: there is most likely something to receive, so it is tried before it waits.
+  bool likely = false;
+
   // For the back end while the request is in flight.
   bool tried = false;
   bool cancelled = false;  // BackEnd::cancel() was called

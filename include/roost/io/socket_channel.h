@@ -66,6 +66,7 @@ class SocketChannel : public Channel {
 
   UniqueFd fd_;
   std::array<IoSlot, 2> slots_;  // what waits, by direction
+  bool more_is_likely_ = false;  // to be received: for the reader
   // What comes and goes beside the bytes of the operation that is under way.
   std::span<const int> send_descriptors_;
   std::vector<UniqueFd>* received_descriptors_ = nullptr;
