@@ -48,6 +48,7 @@ struct Server {
   struct Line {
     std::unique_ptr<Channel> channel;
     bool ended = false;
+    int requests = 0;
   };
 
   std::uint64_t size = kSize;
@@ -143,6 +144,7 @@ Task<Done> serve_line(Server& server, Server::Line& line) {
     if (command == 1) words += " " + data.substr(0, 1);
     if (fua) words += " FUA";
     server.log.push_back(words);
+    ++line.requests;
     if (command == 2) co_return Done();
     const Server::Answer answer = server.hook(words);
     if (answer == Server::Answer::kNo) continue;
@@ -199,7 +201,7 @@ class RemoteExportTest : public testing::Test {
   }
 
   void open(unsigned connections = 1) {
-    options_.contexts = {a_.get()};
+    if (options_.contexts.empty()) options_.contexts = {a_.get()};
     options_.connections = connections;
     std::optional<Result<Export>> opened;
     start(RemoteExport::open([this](std::stop_token stop) { return dial(std::move(stop)); },
@@ -518,6 +520,86 @@ TEST_F(RemoteExportTest, OthersServeWhileOneIsDown) {
   EXPECT_EQ(flush(), 0);
   EXPECT_EQ(export_->statistics().lost, 1u);
   EXPECT_EQ(export_->statistics().reconnected, 0u);
+}
+
+TEST_F(RemoteExportTest, RequestsTakeAConnectionOfTheirOwnContext) {
+  options_.contexts = {b_.get(), a_.get()};
+  open(2);
+  for (int i = 0; i < 5; ++i) EXPECT_EQ(write(0, "aaaa"), 0);
+  EXPECT_EQ(server_.lines[0]->requests, 0);
+  EXPECT_EQ(server_.lines[1]->requests, 5);
+  // Any will do where that is down.
+  server_.refuses = true;
+  server_.lines[1]->channel->abort();
+  settle();
+  EXPECT_EQ(write(0, "aaaa"), 0);
+  EXPECT_EQ(server_.lines[0]->requests, 1);
+}
+
+TEST_F(RemoteExportTest, DelaysAreThoseOfTheSeed) {
+  std::vector<std::int64_t> delays[3];
+  for (const std::size_t turn : {0u, 1u, 2u}) {
+    server_ = Server();
+    options_.seed = turn == 2 ? 7 : 1;
+    open();
+    hang_up();
+    server_.refuses = true;
+    std::optional<Done> written;
+    const std::int64_t began = clock_.now_ns();
+    server_.tried_at.clear();
+    std::stop_source stop;
+    // The first try succeeds until somebody notices the loss.
+    start(writing(0, "aaaa", 0, stop.get_token()), written);
+    for (int i = 0; i < 1000; ++i) pass(kMs);
+    stop.request_stop();
+    finish(written);
+    for (const std::int64_t at : server_.tried_at) delays[turn].push_back(at - began);
+    close();
+  }
+  EXPECT_GE(delays[0].size(), 4u);
+  EXPECT_EQ(delays[0], delays[1]);
+  EXPECT_NE(delays[0], delays[2]);
+}
+
+TEST_F(RemoteExportTest, AResizeThatWasNotAcknowledgedFails) {
+  open();
+  when("RESIZE", Answer::kNo);
+  std::optional<Done> resized;
+  start(export_->resize(8192), resized);
+  hang_up();
+  finish(resized);
+  ASSERT_FALSE(*resized);
+  EXPECT_EQ(resized->error().code(), ECONNRESET);
+  EXPECT_EQ(export_->size(), kSize);
+  close();
+  well();
+  open(2);
+  EXPECT_EQ(code(export_->resize(8192)), ENOTSUP);
+}
+
+TEST_F(RemoteExportTest, AChangedSizeIsTheOneToComeBackWith) {
+  open();
+  EXPECT_EQ(code(export_->resize(8192)), 0);
+  EXPECT_EQ(export_->size(), 8192u);
+  server_.size = 8192;
+  hang_up();
+  EXPECT_EQ(write(0, "aaaa"), 0);
+}
+
+TEST_F(RemoteExportTest, DoesNotOpenWhereConnectionsDisagree) {
+  options_.contexts = {a_.get()};
+  options_.connections = 2;
+  std::optional<Result<Export>> opened;
+  start(RemoteExport::open(
+            [this](std::stop_token stop) {
+              server_.size = kSize * (1 + static_cast<unsigned>(server_.tries));
+              return dial(std::move(stop));
+            },
+            options_),
+        opened);
+  finish(opened);
+  ASSERT_FALSE(*opened);
+  EXPECT_EQ(opened->error().code(), EMEDIUMTYPE);
 }
 
 TEST_F(RemoteExportTest, KeptWritesAreNotSentWhileOthersAreInFlight) {
