@@ -23,7 +23,8 @@ install(DIRECTORY include/roost DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONEN
 if(TARGET roost)
   install(TARGETS roost RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT program)
 endif()
-install(FILES docs/man/roost.1 DESTINATION ${CMAKE_INSTALL_MANDIR}/man1 COMPONENT program)
+file(GLOB pages CONFIGURE_DEPENDS docs/man/*.1)
+install(FILES ${pages} DESTINATION ${CMAKE_INSTALL_MANDIR}/man1 COMPONENT program)
 install(FILES docs/man/roost-nbd-protocol.7 DESTINATION ${CMAKE_INSTALL_MANDIR}/man7
   COMPONENT program)
 

@@ -14,6 +14,8 @@ using Action = std::function<int()>;
 
 // The application and the action outlive the reading of the command line.
 void add_copy(CLI::App& app, Action& action);
+void add_bench(CLI::App& app, Action& action);
 void add_info(CLI::App& app, Action& action);
+void add_proxy(CLI::App& app, Action& action);
 
 }  // namespace roost::cli

@@ -155,8 +155,15 @@ class Informing {
     nbd::ClientWishes wishes;
     wishes.mode = nbd::ClientWishes::Mode::kInfo;
     wishes.meta_contexts = {std::string(nbd::kBaseAllocation)};
-    const Result<NbdClient::Outcome> outcome = co_await target->query(wishes, runtime_.stop());
+    Result<NbdClient::Outcome> outcome = co_await target->query(wishes, runtime_.stop());
     if (!outcome) co_return std::unexpected(outcome.error());
+    if (outcome->size == 0) {
+      // nbd-server says so of every export until it is opened.
+      Result<std::unique_ptr<NbdClient>> client = co_await target->connect(wishes, runtime_.stop());
+      if (!client) co_return std::unexpected(client.error());
+      outcome = (*client)->outcome();
+      co_await (*client)->disconnect();
+    }
     out_ = describe(outcome->canonical_name, *outcome);
     if (!command_.json) print(out_);
     co_return Result<void>();

@@ -174,6 +174,8 @@ int run(int argc, char** argv) {
   roost::cli::Action action;
   roost::cli::add_copy(app, action);
   roost::cli::add_info(app, action);
+  roost::cli::add_bench(app, action);
+  roost::cli::add_proxy(app, action);
 
   try {
     app.parse(argc, argv);

@@ -41,10 +41,13 @@ void report(const std::string& line) {
 }
 
 // Signals are blocked before any thread starts, so that every thread inherits that.
-Runtime::Runtime(unsigned iothreads, EventLoop event_loop) : signals_(take_signals()) {
+Runtime::Runtime(unsigned iothreads, EventLoop event_loop, std::int64_t poll_max_ns)
+    : signals_(take_signals()) {
   const auto options = [&](std::string name) {
-    return AioContextOptions{
-        .name = std::move(name), .event_loop = event_loop, .thread_pool = pool_};
+    return AioContextOptions{.name = std::move(name),
+                             .event_loop = event_loop,
+                             .poll_max_ns = poll_max_ns,
+                             .thread_pool = pool_};
   };
   AioContextOptions main_options = options("main");
   main_options.poll_max_ns = 0;  // nothing here is in a hurry
@@ -94,6 +97,8 @@ Task<Result<std::unique_ptr<BlockDriver>>> open_any_disk(Runtime& runtime, std::
   how.contexts = runtime.contexts();
   how.connections = connections;
   how.read_only = options.read_only;
+  // Whoever copies writes every block once, and nobody else writes.
+  how.replay_writes = true;
   co_return co_await open_nbd_disk(std::move(*target), std::move(how), runtime.stop());
 }
 

@@ -25,11 +25,12 @@ inline constexpr int kInterrupted = 130;  // as a shell says it of SIGINT
 /// "roost: LINE" on standard error, in one piece.
 void report(const std::string& line);
 
-/// What a signal set that the command heeds.
+/// The contexts and threads of one command.
 class Runtime {
  public:
-  /// Throws std::system_error.
-  explicit Runtime(unsigned iothreads, EventLoop event_loop = EventLoop::kAuto);
+  /// Throws std::system_error. `poll_max_ns` is the I/O threads' longest busy wait.
+  explicit Runtime(unsigned iothreads, EventLoop event_loop = EventLoop::kAuto,
+                   std::int64_t poll_max_ns = 100'000);
   ~Runtime();
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;

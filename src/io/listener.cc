@@ -65,7 +65,7 @@ Result<UniqueFd> listen_on(const SocketAddress& where, const ResolvedAddress& ad
   }
   int bound = ::bind(fd.get(), address.get(), address.length);
   if (bound < 0 && errno == EADDRINUSE && where.kind == SocketAddress::Kind::kUnix &&
-      is_stale(where, address)) {
+      !where.path.starts_with('@') && is_stale(where, address)) {
     ::unlink(where.path.c_str());
     bound = ::bind(fd.get(), address.get(), address.length);
   }

@@ -60,6 +60,16 @@ TEST_F(ListenSocketTest, AStaleSocketIsReplaced) {
   EXPECT_TRUE(ListenSocket::open(unix_address()));
 }
 
+TEST_F(ListenSocketTest, AnAbstractNameInUseIsAnErrorAndNoFile) {
+  const SocketAddress address = *SocketAddress::parse("unix:@" + path());
+  const auto first = ListenSocket::open(address);
+  ASSERT_TRUE(first) << first.error().message();
+  const auto second = ListenSocket::open(address);
+  ASSERT_FALSE(second);
+  EXPECT_EQ(second.error().code(), EADDRINUSE);
+  EXPECT_FALSE(std::filesystem::exists(path()));
+}
+
 TEST_F(ListenSocketTest, AFileThatIsNoSocketIsLeftAlone) {
   std::fclose(std::fopen(path().c_str(), "w"));
   EXPECT_FALSE(ListenSocket::open(unix_address()));

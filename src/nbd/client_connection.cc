@@ -182,15 +182,20 @@ void ClientConnection::fail_all(const Error& error) {
   work_.wake_all();
 }
 
+Task<Result<void>> ClientConnection::move_to(AioContext& to) {
+  const CoMutex::Guard guard = co_await place_.lock();
+  co_return co_await channel_->move_to(to);
+}
+
 Task<void> ClientConnection::cut_off() {
   AioContext& home = *AioContext::current();
-  // What waits may only be ended where the channel is.
-  for (;;) {
+  {
+    const CoMutex::Guard guard = co_await place_.lock();
+    // What waits may only be ended where the channel is.
     AioContext* const there = channel_->context();
-    if (!there || there == AioContext::current()) break;
-    co_await roost::move_to(*there);
+    if (there && there != AioContext::current()) co_await roost::move_to(*there);
+    channel_->abort();
   }
-  channel_->abort();
   if (&home != AioContext::current()) co_await roost::move_to(home);
 }
 

@@ -29,6 +29,7 @@
 
 #include "roost/base/platform.h"
 #include "roost/nbd/client.h"
+#include "roost/sync/co_mutex.h"
 #include "roost/sync/co_queue.h"
 
 namespace roost::nbd {
@@ -75,7 +76,7 @@ class ClientConnection : public std::enable_shared_from_this<ClientConnection> {
   /// NbdClient::disconnect().
   Task<void> leave(std::stop_token stop);
 
-  Task<Result<void>> move_to(AioContext& to) { return channel_->move_to(to); }
+  Task<Result<void>> move_to(AioContext& to);
 
   Result<void> state() const;
   std::size_t in_flight() const;
@@ -123,6 +124,9 @@ class ClientConnection : public std::enable_shared_from_this<ClientConnection> {
   bool leaving_ = false;          // no more requests start; goodbye once idle
   std::optional<Error> failure_;  // the connection is of no more use
   int loops_ = 0;
+
+  // Held by who moves the channel and by who cuts it off, which has to be done where it is.
+  CoMutex place_{"the place of an NBD connection"};
 
   CoQueue work_{"something to send to an NBD server"};
   CoQueue ended_{"the end of an NBD connection"};

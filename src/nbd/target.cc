@@ -12,6 +12,17 @@ namespace roost::nbd {
 
 namespace {
 
+Task<Result<std::unique_ptr<Channel>>> secure(std::unique_ptr<Channel> channel,
+                                              std::shared_ptr<const TlsCredentials> credentials,
+                                              std::string hostname, std::stop_token stop) {
+  Result<std::unique_ptr<TlsChannel>> secured = co_await TlsChannel::handshake(
+      std::move(channel), std::move(credentials), std::move(hostname), std::move(stop));
+  if (!secured) co_return std::unexpected(std::move(secured.error()));
+  co_return std::unique_ptr<Channel>(std::move(*secured));
+}
+
+}  // namespace
+
 SocketAddress address_of(const NbdUri& uri) {
   SocketAddress address;
   switch (uri.transport) {
@@ -33,17 +44,6 @@ SocketAddress address_of(const NbdUri& uri) {
   }
   return address;
 }
-
-Task<Result<std::unique_ptr<Channel>>> secure(std::unique_ptr<Channel> channel,
-                                              std::shared_ptr<const TlsCredentials> credentials,
-                                              std::string hostname, std::stop_token stop) {
-  Result<std::unique_ptr<TlsChannel>> secured = co_await TlsChannel::handshake(
-      std::move(channel), std::move(credentials), std::move(hostname), std::move(stop));
-  if (!secured) co_return std::unexpected(std::move(secured.error()));
-  co_return std::unique_ptr<Channel>(std::move(*secured));
-}
-
-}  // namespace
 
 bool looks_like_nbd_uri(std::string_view text) noexcept {
   for (const std::string_view scheme : {"nbd:", "nbds:", "nbd+", "nbds+"}) {

@@ -155,18 +155,18 @@ class Parser {
   }
 
   Result<void> parse_authority(std::string_view authority) {
-    if (uri_.transport == Transport::kUnix) {
-      if (!authority.empty()) {
-        return refuse("a host means nothing to a UNIX socket: write /// before the export name");
-      }
-      return {};
-    }
     if (const std::size_t at = authority.rfind('@'); at != authority.npos) {
       auto user = decode("the user name", authority.substr(0, at));
       if (!user) return std::unexpected(std::move(user.error()));
       if (user->contains('\0')) return refuse("the user name has a NUL in it");
       uri_.tls_username = *std::move(user);
       authority.remove_prefix(at + 1);
+    }
+    if (uri_.transport == Transport::kUnix) {
+      if (!authority.empty()) {
+        return refuse("a host means nothing to a UNIX socket: write /// before the export name");
+      }
+      return {};
     }
     std::string_view host = authority;
     std::optional<std::string_view> port;
@@ -290,7 +290,7 @@ std::string to_string(const NbdUri& uri) {
     }
   }
   result += "://";
-  // A UNIX socket has no host for a user name to stand before.
+  // Without a host for a user name to stand before, it looks odd there, although it is understood.
   const bool user_in_authority = !uri.tls_username.empty() && uri.transport != Transport::kUnix;
   if (user_in_authority) result += encode(uri.tls_username, "") + '@';
   if (uri.transport == Transport::kTcp) {

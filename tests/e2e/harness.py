@@ -3,6 +3,7 @@
 registering cases, and checks that say what they saw."""
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -187,19 +188,34 @@ def sparse_file(path, size):
 class Daemon:
     """One `roost serve`. Use as a context manager: leaving it ends the process, by its pid.
 
+    `sockets`, which listen already, are passed to it instead of addresses.
+
     After a `with` block that did not end the daemon itself, it must still be alive, end on
     SIGTERM with exit code 0, and must not have left a sanitizer's report."""
 
     def __init__(self, test, *arguments, listen=None, loop=None, ready=True, cwd=None,
-                 bare=False):
+                 bare=False, sockets=(), command="serve"):
         self.test = test
         self.log_path = os.path.join(test.folder, f"stderr.{len(test.daemons)}")
         loop = loop or test.loop
-        listen = [listen] if isinstance(listen, str) else listen or [test.address()]
+        if listen is None:
+            listen = [] if sockets else [test.address()]
+        elif isinstance(listen, str):
+            listen = [listen]
+
+        def begin():
+            die_with_parent()
+            if sockets:  # handed over as a service manager does
+                # First out of the way of each other.
+                copies = [fcntl.fcntl(one, fcntl.F_DUPFD, 100) for one in sockets]
+                for number, one in enumerate(copies):
+                    os.dup2(one, 3 + number)
+                os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(sockets)))
+
         if bare:  # just the program
             command = [test.roost]
         else:
-            command = [test.roost, "serve", *map(str, arguments)]
+            command = [test.roost, command, *map(str, arguments)]
             if loop != "any":
                 command += ["--event-loop", loop]
             for address in listen:
@@ -208,13 +224,14 @@ class Daemon:
         self.log = open(self.log_path, "wb")
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                         stderr=self.log, cwd=cwd or test.folder,
-                                        preexec_fn=die_with_parent)
+                                        preexec_fn=begin,
+                                        pass_fds=range(3, 3 + len(sockets)))
         self.pid = self.process.pid
         self.out = b""
         self.uris = []
         test.daemons.append(self)
         if ready:
-            self.wait_for_uris(len(listen))
+            self.wait_for_uris(len(listen) + len(sockets) if not bare else 1)
 
     def __enter__(self):
         return self
@@ -244,7 +261,7 @@ class Daemon:
                 raise Failure(f"ended before it printed a URI: {self.describe()}")
             self.out += chunk
             complete = self.out[: self.out.rfind(b"\n") + 1].decode()
-            self.uris = re.findall(r"nbd(?:s|\+unix)?://[^\s\"]+", complete)
+            self.uris = re.findall(r"nbds?(?:\+unix)?://[^\s\"]+", complete)
 
     @property
     def uri(self):
@@ -306,8 +323,10 @@ class Daemon:
 
 def connect_uri(uri):
     parts = urllib.parse.urlsplit(uri)
-    if parts.scheme == "nbd+unix":
+    if parts.scheme.endswith("+unix"):
         path = urllib.parse.parse_qs(parts.query)["socket"][0]
+        if path.startswith("@"):  # an abstract name
+            path = "\0" + path[1:]
         peer = socket.socket(socket.AF_UNIX)
         peer.settimeout(PATIENCE_S)
         peer.connect(path)

@@ -10,8 +10,8 @@ import stat
 import struct
 import time
 
-from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Daemon, Skip, case, check,
-                     check_equal, run, sparse_file, wait_until)
+from harness import (EVENT_LOOPS, KIB, MIB, PATIENCE_S, TRANSPORTS, Daemon, Skip, case,
+                     check, check_equal, run, sparse_file, wait_until)
 from nbd_client import CMD_READ, CMD_WRITE, REQUEST_MAGIC, Client, Closed, check_still_serves
 
 
@@ -203,6 +203,54 @@ def ipv6(test):
         check(daemon.uri.startswith("nbd://[::1]:"), daemon.uri)
         check_equal(int(run("nbdinfo", "--size", daemon.uri).stdout), 8 * MIB, "size")
         check_still_serves(daemon)
+
+
+@case(loops=EVENT_LOOPS)
+def sockets_of_a_service_manager(test):
+    """LISTEN_FDS: listening sockets that are there already, and stay when it ends."""
+    path = test.path("handed")
+    with socket.socket(socket.AF_UNIX) as local, socket.socket() as remote:
+        local.bind(path)
+        local.listen()
+        remote.bind(("127.0.0.1", 0))
+        remote.listen()
+        port = remote.getsockname()[1]
+        # Whoever is first in line is served by whoever takes the sockets.
+        early = socket.socket(socket.AF_UNIX)
+        early.settimeout(PATIENCE_S)
+        early.connect(path)
+        with early, test.serve("mem:8M", sockets=(local, remote)) as daemon:
+            check_equal(early.recv(8), b"NBDMAGIC", "greeting for who came before the daemon")
+            check_equal(len(daemon.uris), 2, f"URIs of two sockets ({daemon.uris})")
+            check(f":{port}/" in daemon.uris[1], daemon.uris[1])
+            for uri in daemon.uris:
+                check_equal(int(run("nbdinfo", "--size", uri).stdout), 8 * MIB, f"size by {uri}")
+            check(not os.path.exists(test.path("roost.sock")), "it listens on its default, too")
+        check(os.path.exists(path), "the daemon has removed a socket that is not its own")
+        # The sockets are still those of the manager, which starts the next one.
+        with test.serve("mem:16M", sockets=(local,)) as daemon:
+            check_equal(int(run("nbdinfo", "--size", daemon.uri).stdout), 16 * MIB, "size")
+    # A socket that does not listen is nobody's to serve.
+    with socket.socket(socket.AF_UNIX) as idle:
+        daemon = test.serve("mem:8M", sockets=(idle,), ready=False)
+        check_equal(daemon.wait(), 1, f"exit code with an idle socket ({daemon.describe()})")
+        check("LISTEN_FDS" in daemon.stderr(), daemon.stderr())
+
+
+@case(loops=EVENT_LOOPS)
+def abstract_unix_socket(test):
+    name = f"roost-e2e-{os.getpid()}"
+    with test.serve("mem:8M", listen=f"unix:@{name}") as daemon:
+        check_still_serves(daemon)
+        image = f"driver=nbd,server.type=unix,server.path={name},server.abstract=on"
+        done = run("qemu-io", "--image-opts", image, "-c", "write -P 7 0 1M", "-c",
+                   "read -P 7 0 1M")
+        check("failed" not in done.stdout, done.stdout)
+        check_equal(test.roost_run("info", daemon.uri).returncode, 0, "exit code of roost info")
+        second = test.roost_run("serve", "mem:8M", "--listen", f"unix:@{name}")
+        check_equal(second.returncode, 1, "exit code of a second one in its place")
+        check("in use" in second.stderr, second.stderr)
+        check(not os.path.exists(test.path(f"@{name}")), "it has made a file")
 
 
 @case()

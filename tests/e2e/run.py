@@ -19,10 +19,13 @@ import crash  # noqa: F401
 import direct  # noqa: F401
 import durability  # noqa: F401
 import errors  # noqa: F401
+import foreign  # noqa: F401
 import hostile  # noqa: F401
 import lifecycle  # noqa: F401
 import protocol  # noqa: F401
+import proxy  # noqa: F401
 import scarcity  # noqa: F401
+import tls  # noqa: F401
 import tracing  # noqa: F401
 
 SKIPPED = 77  # ctest's SKIP_RETURN_CODE

@@ -36,5 +36,6 @@ std::span<const Scenario> runtime_scenarios();
 std::span<const Scenario> device_scenarios();
 std::span<const Scenario> sync_scenarios();
 std::span<const Scenario> wait_scenarios();
+std::span<const Scenario> nbd_scenarios();
 
 }  // namespace roost::sim

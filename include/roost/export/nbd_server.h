@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "roost/aio/aio_context.h"
+#include "roost/base/platform.h"
 #include "roost/block/block_driver.h"
 #include "roost/io/listener.h"
 #include "roost/nbd/negotiation.h"
@@ -176,7 +177,7 @@ class NbdServer {
   std::size_t next_context_ = 0;
   std::uint64_t next_export_id_ = 1;
 
-  mutable std::mutex mutex_;  // guards the rest
+  mutable RealPlatform::Mutex mutex_;  // guards the rest
   std::unordered_map<std::shared_ptr<NbdConnection>, Place> connections_;
   std::vector<std::unique_ptr<ActiveExport>> exports_;
   std::shared_ptr<const nbd::ExportSet> visible_exports_;  // what new clients are told

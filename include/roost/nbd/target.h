@@ -51,6 +51,9 @@ class NbdTarget {
   std::shared_ptr<const TlsCredentials> credentials_;  // null: without TLS
 };
 
+/// Where the server is that `uri` means.
+SocketAddress address_of(const NbdUri& uri);
+
 /// Whether `text` begins like an NBD URI.
 bool looks_like_nbd_uri(std::string_view text) noexcept;
 

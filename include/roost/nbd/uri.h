@@ -7,8 +7,9 @@
 //
 // Behind a '?', separated by '&': socket, tls-type (anon, x509, psk), tls-certificates (a folder),
 // tls-username, tls-hostname, tls-verify-peer (0 or 1), tls-psk-file. The user name may stand
-// before an '@' of the host instead. Everything is percent-decoded; the export is all of the path
-// behind its first '/'. What is not known is an error, as the specification asks for.
+// before an '@' and the host (empty with a socket) instead. Everything is percent-decoded; the
+// export is all of the path behind its first '/'. What is not known is an error, as the
+// specification asks for.
 //
 // Threads: values and pure functions.
 #pragma once

@@ -1,0 +1,638 @@
+// SPDX-License-Identifier: MIT
+#include "roost/nbd/remote_export.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <mutex>
+#include <utility>
+
+#include "roost/aio/aio_context.h"
+#include "roost/aio/timer.h"
+#include "roost/base/check.h"
+#include "roost/sync/stop_scope.h"
+#include "roost/sync/when.h"
+
+namespace roost::nbd {
+
+namespace {
+
+// A request that loses every connection it is sent over may be why.
+constexpr int kMostLosses = 10;
+// What a kept write takes besides its data.
+constexpr std::uint64_t kKeptOverhead = 64;
+
+bool is_write(Command command) {
+  return command == Command::kWrite || command == Command::kWriteZeroes ||
+         command == Command::kTrim;
+}
+
+bool overlap(std::uint64_t a, std::uint64_t a_length, std::uint64_t b, std::uint64_t b_length) {
+  return a < b + b_length && b < a + a_length;
+}
+
+}  // namespace
+
+struct RemoteExport::Request {
+  ClientRequest what;
+  std::span<const iovec> data{};
+  std::vector<ContextExtents> extents{};  // of a BLOCK_STATUS that succeeded
+  // Guarded by mutex_.
+  std::uint64_t number = 0;  // writes, in the order in which they were first sent
+  Client over{};             // while it is in flight
+  bool again = false;        // in again_
+  int losses = 0;
+  std::uint64_t written_before = 0;  // of a FLUSH: what it covers
+  std::uint64_t unkept_before = 0;
+};
+
+struct RemoteExport::Connection {
+  AioContext* context;  // the one it lives on
+  // Guarded by mutex_.
+  Client client{};  // null: lost
+  Client lost{};    // until its coroutine has taken care of it
+  bool is_lost = false;
+  bool proven = false;  // it has answered something since it was made
+  std::optional<Error> given_up{};
+  // Its coroutine.
+  Random random;
+  std::int64_t outage_began_ns = 0;
+  std::int64_t delay_ns = 0;
+};
+
+RemoteExport::RemoteExport(Connect connect, const RemoteExportOptions& options)
+    : connect_(std::move(connect)), options_(options) {}
+
+RemoteExport::~RemoteExport() {
+  ROOST_CHECK(closed_ || connections_.empty(), "a remote export goes without close()");
+}
+
+Result<void> RemoteExport::compare(const NbdClient& client) const {
+  const auto differs = [](std::string what) {
+    return fail(EMEDIUMTYPE, "the export has changed: " + what);
+  };
+  const NbdClient::Outcome& now = client.outcome();
+  if (client.size() != size()) {
+    return differs(fmt::format("{} bytes instead of {}", client.size(), size()));
+  }
+  std::uint16_t before = outcome_.transmission_flags;
+  if (connections_.size() < 2) before &= static_cast<std::uint16_t>(~kTransmissionCanMultiConn);
+  const auto missing = static_cast<std::uint16_t>(before & ~now.transmission_flags);
+  if (missing & kTransmissionCanMultiConn) return differs("several connections are not allowed");
+  const std::uint16_t no_ability = kTransmissionReadOnly | kTransmissionRotational;
+  if (missing & ~no_ability) {
+    return differs(fmt::format("flags {:#x} instead of {:#x}", now.transmission_flags,
+                               outcome_.transmission_flags));
+  }
+  if (now.transmission_flags & ~outcome_.transmission_flags & kTransmissionReadOnly) {
+    return differs("it is read-only");
+  }
+  const auto same_name = [](const MetaContext& a, const MetaContext& b) {
+    return a.name == b.name;
+  };
+  if (!std::ranges::equal(now.contexts, outcome_.contexts, same_name)) {
+    return differs("other metadata contexts");
+  }
+  if (now.min_block > outcome_.min_block) {
+    return differs(fmt::format("blocks of at least {} bytes", now.min_block));
+  }
+  return {};
+}
+
+Task<Result<std::unique_ptr<RemoteExport>>> RemoteExport::open(Connect connect,
+                                                               const RemoteExportOptions& options,
+                                                               std::stop_token stop) {
+  ROOST_CHECK(!options.contexts.empty(), "a remote export needs a context");
+  AioContext& home = *AioContext::current();
+  std::unique_ptr<RemoteExport> self(new RemoteExport(std::move(connect), options));
+  std::size_t wanted = options.connections ? options.connections : self->options_.contexts.size();
+  std::vector<Client> clients;
+  Result<void> good;
+  while (good && clients.size() < wanted) {
+    AioContext& context = *self->options_.contexts[clients.size() % self->options_.contexts.size()];
+    if (AioContext::current() != &context) co_await move_to(context);
+    auto connecting = self->connect_(stop);
+    Result<std::unique_ptr<NbdClient>> client = co_await std::move(connecting);
+    if (!client) {
+      good = std::unexpected(std::move(client.error()));
+      break;
+    }
+    if (!(*client)->offers(kTransmissionCanMultiConn)) wanted = 1;
+    clients.push_back(std::move(*client));
+    if (clients.size() == 1) {
+      self->outcome_ = clients.front()->outcome();
+      self->size_ = clients.front()->size();
+    } else if (clients.back()->outcome().transmission_flags != self->outcome_.transmission_flags ||
+               clients.back()->size() != self->size()) {
+      good = fail(EMEDIUMTYPE, "the export changes from connection to connection");
+    }
+  }
+  if (!good) {
+    for (Client& client : clients) {
+      co_await self->say_goodbye(std::move(client), options.goodbye_timeout_ns);
+    }
+    if (AioContext::current() != &home) co_await move_to(home);
+    co_return std::unexpected(good.error());
+  }
+  for (std::size_t i = 0; i < clients.size(); ++i) {
+    self->connections_.push_back(std::make_unique<Connection>(
+        Connection{.context = self->options_.contexts[i % self->options_.contexts.size()],
+                   .client = std::move(clients[i]),
+                   .random = Random(Random::mix(self->options_.seed + i))}));
+  }
+  self->keepers_ = self->connections_.size();
+  for (const auto& connection : self->connections_) {
+    spawn(*connection->context, self->look_after(*connection), "NBD connection");
+  }
+  if (AioContext::current() != &home) co_await move_to(home);
+  co_return std::move(self);
+}
+
+Task<void> RemoteExport::close() {
+  std::unique_lock lock(mutex_);
+  closing_ = true;
+  lock.unlock();
+  closing_source_.request_stop();
+  work_.wake_all();
+  changed_.wake_all();
+  lock.lock();
+  while (keepers_ > 0) co_await changed_.wait(lock);
+  closed_ = true;
+}
+
+RemoteExport::Statistics RemoteExport::statistics() const {
+  const std::lock_guard lock(mutex_);
+  Statistics now = statistics_;
+  now.kept_bytes = kept_bytes_;
+  now.unkept_bytes = unkept_ever_ - unkept_settled_;
+  return now;
+}
+
+// ---- requests
+
+// With the mutex held. Null: there is none at the moment.
+RemoteExport::Client RemoteExport::choose() {
+  // Relaxed: any number will do.
+  const std::size_t turn = turn_.fetch_add(1, std::memory_order_relaxed);
+  const AioContext* const here = AioContext::current();
+  const std::size_t count = connections_.size();
+  Client any;
+  for (std::size_t i = 0; i < count; ++i) {
+    Connection& one = *connections_[(turn + i) % count];
+    // What is sent over one that is known to be lost would count as perhaps carried out.
+    if (one.client && !one.client->state()) lose(one);
+    if (!one.client) continue;
+    if (one.context == here) return one.client;
+    if (!any) any = one.client;
+  }
+  return any;
+}
+
+// With the mutex held; the caller wakes work_.
+void RemoteExport::lose(Connection& connection) {
+  if (options_.replay_writes) {
+    // At once: the others must not overtake them until each has noticed by itself.
+    for (Request* const one : writes_) {
+      if (one->over == connection.client) send_again(*one);
+    }
+  }
+  connection.lost = std::move(connection.client);
+  connection.client = nullptr;
+  connection.is_lost = true;
+  ++statistics_.lost;
+}
+
+// With the mutex held.
+void RemoteExport::send_again(Request& request) {
+  if (std::exchange(request.again, true)) return;
+  again_.insert(std::ranges::upper_bound(again_, request.number, {}, &Request::number), &request);
+}
+
+// Whether it would come before a write that has to be sent again, and overlaps it.
+bool RemoteExport::overtakes(const Request& request) const {
+  for (const Request* const one : again_) {
+    if (one == &request) return false;
+    if (overlap(one->what.offset, one->what.length, request.what.offset, request.what.length)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+std::optional<Error> RemoteExport::all_given_up() const {
+  for (const auto& one : connections_) {
+    if (!one->given_up) return std::nullopt;
+  }
+  return connections_.front()->given_up;
+}
+
+Task<Result<RemoteExport::Client>> RemoteExport::admit(Request& request, std::stop_token stop) {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    const auto refuse = [&](int code, std::string_view why) {
+      return fail(code, fmt::format("{}: {}", to_string(request.what), why));
+    };
+    if (stop.stop_requested()) co_return refuse(ECANCELED, "not sent");
+    if (failure_) co_return refuse(failure_->code(), failure_->doing());
+    if (closing_) co_return refuse(ESHUTDOWN, "the export is being closed");
+    if (!exclusive_ && !overtakes(request)) {
+      Client client = choose();
+      if (client && request.what.command == Command::kFlush && lost_writes_) {
+        const Error told = *std::exchange(lost_writes_, std::nullopt);
+        co_return refuse(told.code(), told.doing());
+      }
+      if (client) {
+        ++in_flight_;
+        request.written_before = acknowledged_;
+        request.unkept_before = unkept_ever_;
+        if (is_write(request.what.command)) {
+          if (request.number == 0) request.number = ++numbers_;
+          request.over = client;
+          writes_.push_back(&request);
+        }
+        lock.unlock();
+        work_.wake_all();  // for those that choose() found lost
+        co_return std::move(client);
+      }
+      if (const auto error = all_given_up()) co_return refuse(error->code(), error->doing());
+      work_.wake_all();
+    }
+    const Result<void> waited = co_await changed_.wait(lock, stop);
+    if (!waited) co_return refuse(ECANCELED, "not sent");
+  }
+}
+
+Task<Result<void>> RemoteExport::send(NbdClient& client, Request& request, std::stop_token stop) {
+  const ClientRequest& what = request.what;
+  switch (what.command) {
+    case Command::kRead:
+      co_return co_await client.readv(what.offset, request.data, stop);
+    case Command::kWrite:
+      co_return co_await client.writev(what.offset, request.data, what.flags, stop);
+    case Command::kFlush:
+      co_return co_await client.flush(stop);
+    case Command::kTrim:
+      co_return co_await client.trim(what.offset, what.length, what.flags, stop);
+    case Command::kWriteZeroes:
+      co_return co_await client.zero(what.offset, what.length, what.flags, stop);
+    case Command::kCache:
+      co_return co_await client.cache(what.offset, what.length, stop);
+    case Command::kResize:
+      co_return co_await client.resize(what.offset, stop);
+    case Command::kBlockStatus: {
+      auto extents = co_await client.block_status(what.offset, what.length, what.flags, stop);
+      if (!extents) co_return std::unexpected(extents.error());
+      request.extents = std::move(*extents);
+      co_return Result<void>();
+    }
+    default:
+      break;
+  }
+  ROOST_CHECK(false, "no request of a remote export: {}", to_string(what));
+  co_return Result<void>();
+}
+
+// Of what a write has written; nothing: it cannot be kept.
+std::optional<std::vector<std::byte>> RemoteExport::copy_of(const Request& request) const {
+  std::vector<std::byte> copy;
+  if (request.what.command != Command::kWrite) return copy;
+  if (request.what.length > options_.keep_bytes) return std::nullopt;
+  try {
+    copy.reserve(request.what.length);
+    for (const iovec& piece : request.data) {
+      const auto* const bytes = static_cast<const std::byte*>(piece.iov_base);
+      copy.insert(copy.end(), bytes, bytes + piece.iov_len);
+    }
+  } catch (const std::bad_alloc&) {
+    return std::nullopt;
+  }
+  return copy;
+}
+
+// With the mutex held.
+void RemoteExport::keep(const ClientRequest& what, std::optional<std::vector<std::byte>> data) {
+  const auto overlaps = [&](const Kept& one) {
+    return overlap(one.offset, one.length, what.offset, what.length);
+  };
+  const bool durable = (what.flags & kCommandFua) != 0;
+  // One that is durable is kept if an older one would otherwise be sent over it.
+  if (durable && std::ranges::none_of(kept_, overlaps)) return;
+  const std::uint64_t size = kKeptOverhead + (data ? data->size() : 0);
+  ++acknowledged_;
+  if (!data || size > options_.keep_bytes || kept_bytes_ > options_.keep_bytes - size) {
+    if (!durable) unkept_ever_ += what.length;
+    // Nor may an older one be sent over one that cannot be.
+    std::erase_if(kept_, [&](const Kept& one) {
+      if (!overlaps(one)) return false;
+      kept_bytes_ -= kKeptOverhead + one.data.size();
+      unkept_ever_ += one.length;
+      return true;
+    });
+    return;
+  }
+  Kept& kept = kept_.emplace_back(Kept{.number = acknowledged_,
+                                       .command = what.command,
+                                       .flags = what.flags,
+                                       .offset = what.offset,
+                                       .length = what.length,
+                                       .data = std::move(*data)});
+  // Where it is zero fast, it is so once more; what was done may not fail for being slow.
+  kept.flags &= static_cast<std::uint16_t>(~kCommandFastZero);
+  kept_bytes_ += size;
+}
+
+// What a request's end means for the others. True: it has to be sent again.
+bool RemoteExport::sent(Request& request, const Client& client, Result<void>& done) {
+  const Command command = request.what.command;
+  bool again = false;
+  std::optional<std::vector<std::byte>> copy;
+  if (done && is_write(command)) copy = copy_of(request);
+  {
+    const std::lock_guard lock(mutex_);
+    --in_flight_;
+    if (request.over) {
+      request.over = nullptr;
+      std::erase(writes_, &request);
+    }
+    const auto over =
+        std::ranges::find_if(connections_, [&](const auto& one) { return one->client == client; });
+    const bool lost = !done && done.error().code() != ECANCELED &&
+                      (done.error().code() == ESHUTDOWN || !client->state());
+    if (done) {
+      if (over != connections_.end()) (*over)->proven = true;
+      if (is_write(command)) keep(request.what, std::move(copy));
+      if (command == Command::kFlush) {
+        while (!kept_.empty() && kept_.front().number <= request.written_before) {
+          kept_bytes_ -= kKeptOverhead + kept_.front().data.size();
+          kept_.pop_front();
+        }
+        unkept_settled_ = std::max(unkept_settled_, request.unkept_before);
+      }
+    } else if (lost) {
+      if (over != connections_.end()) lose(**over);
+      ++request.losses;
+      const bool may_go_again =
+          command != Command::kResize && (!is_write(command) || options_.replay_writes);
+      again = may_go_again && request.losses < kMostLosses;
+      if (again && is_write(command)) send_again(request);
+      if (!may_go_again) {
+        done = fail(ECONNRESET, fmt::format("{}, may have been carried out", done.error().doing()));
+      }
+    }
+  }
+  work_.wake_all();
+  changed_.wake_all();
+  return again;
+}
+
+Task<Result<void>> RemoteExport::run(Request& request, std::stop_token stop) {
+  Result<void> done;
+  for (;;) {
+    const Result<Client> client = co_await admit(request, stop);
+    if (!client) {
+      done = std::unexpected(client.error());
+      break;
+    }
+    done = co_await send(**client, request, stop);
+    if (!sent(request, *client, done)) break;
+  }
+  if (request.again) {
+    {
+      const std::lock_guard lock(mutex_);
+      std::erase(again_, &request);
+    }
+    changed_.wake_all();
+    if (!done) {
+      const int code = done.error().code() == ECANCELED ? EINPROGRESS : done.error().code();
+      done = fail(code, fmt::format("{}, may have been carried out", done.error().doing()));
+    }
+  }
+  co_return done;
+}
+
+Task<Result<void>> RemoteExport::read(std::uint64_t offset, std::span<std::byte> to,
+                                      std::stop_token stop) {
+  const iovec piece = as_iovec(to);
+  Request request{.what = {.command = Command::kRead, .offset = offset, .length = to.size()},
+                  .data = std::span(&piece, 1)};
+  co_return co_await run(request, std::move(stop));
+}
+
+Task<Result<void>> RemoteExport::writev(std::uint64_t offset, std::span<const iovec> from,
+                                        std::uint16_t flags, std::stop_token stop) {
+  Request request{.what = {.command = Command::kWrite,
+                           .flags = flags,
+                           .offset = offset,
+                           .length = total_size(from)},
+                  .data = from};
+  co_return co_await run(request, std::move(stop));
+}
+
+Task<Result<void>> RemoteExport::flush(std::stop_token stop) {
+  Request request{.what = {.command = Command::kFlush}};
+  co_return co_await run(request, std::move(stop));
+}
+
+Task<Result<void>> RemoteExport::trim(std::uint64_t offset, std::uint64_t length,
+                                      std::uint16_t flags, std::stop_token stop) {
+  Request request{
+      .what = {.command = Command::kTrim, .flags = flags, .offset = offset, .length = length}};
+  co_return co_await run(request, std::move(stop));
+}
+
+Task<Result<void>> RemoteExport::zero(std::uint64_t offset, std::uint64_t length,
+                                      std::uint16_t flags, std::stop_token stop) {
+  Request request{
+      .what = {
+          .command = Command::kWriteZeroes, .flags = flags, .offset = offset, .length = length}};
+  co_return co_await run(request, std::move(stop));
+}
+
+Task<Result<void>> RemoteExport::cache(std::uint64_t offset, std::uint64_t length,
+                                       std::stop_token stop) {
+  Request request{.what = {.command = Command::kCache, .offset = offset, .length = length}};
+  co_return co_await run(request, std::move(stop));
+}
+
+Task<Result<std::vector<ContextExtents>>> RemoteExport::block_status(std::uint64_t offset,
+                                                                     std::uint64_t length,
+                                                                     std::uint16_t flags,
+                                                                     std::stop_token stop) {
+  Request request{
+      .what = {
+          .command = Command::kBlockStatus, .flags = flags, .offset = offset, .length = length}};
+  const Result<void> done = co_await run(request, std::move(stop));
+  if (!done) co_return std::unexpected(done.error());
+  co_return std::move(request.extents);
+}
+
+Task<Result<void>> RemoteExport::resize(std::uint64_t size, std::stop_token stop) {
+  if (connections_.size() > 1) {
+    co_return fail(ENOTSUP, "resize an export over several connections");
+  }
+  Request request{.what = {.command = Command::kResize, .offset = size}};
+  const Result<void> done = co_await run(request, std::move(stop));
+  if (done) size_.store(size, std::memory_order_release);
+  co_return done;
+}
+
+// ---- connections
+
+Task<void> RemoteExport::say_goodbye(Client client, std::int64_t timeout_ns) {
+  StopScope scope;
+  scope.set_deadline(AioContext::current()->clock().now_ns() + timeout_ns);
+  co_await client->disconnect(scope.token());
+}
+
+// Lives as long as the export, on the connection's context.
+Task<void> RemoteExport::look_after(Connection& connection) {
+  for (;;) {
+    std::unique_lock lock(mutex_);
+    while (!connection.is_lost && !closing_) co_await work_.wait(lock);
+    if (closing_) break;
+    const Client lost = std::exchange(connection.lost, nullptr);
+    lock.unlock();
+    co_await say_goodbye(lost, 0);
+    co_await reconnect(connection);
+  }
+  Client last;
+  Client lost;
+  {
+    const std::lock_guard lock(mutex_);
+    last = std::exchange(connection.client, nullptr);
+    lost = std::exchange(connection.lost, nullptr);
+  }
+  if (lost) co_await say_goodbye(std::move(lost), 0);
+  if (last) co_await say_goodbye(std::move(last), options_.goodbye_timeout_ns);
+  {
+    const std::lock_guard lock(mutex_);
+    --keepers_;
+    // The last touch: close() may return, and the export go, once the mutex is free.
+    changed_.wake_all();
+  }
+}
+
+Task<void> RemoteExport::reconnect(Connection& connection) {
+  const std::stop_token closing = closing_source_.get_token();
+  const Clock& clock = AioContext::current()->clock();
+  // One that has answered nothing since it was made has not ended the outage.
+  bool proven = false;
+  {
+    const std::lock_guard lock(mutex_);
+    proven = std::exchange(connection.proven, false);
+  }
+  if (proven || connection.outage_began_ns == 0) {
+    connection.outage_began_ns = clock.now_ns();
+    connection.delay_ns = 0;
+  }
+  const std::int64_t give_up_at = connection.outage_began_ns + options_.reconnect_timeout_ns;
+  Error last(ECONNRESET, "the connection was lost");
+  while (options_.reconnect_timeout_ns > 0) {
+    if (connection.delay_ns > 0) {
+      const std::int64_t spread = std::min<std::int64_t>(connection.delay_ns / 4, 1'000'000'000);
+      const std::int64_t delay = connection.delay_ns + connection.random.between(-spread, spread);
+      if (clock.now_ns() + delay >= give_up_at) break;
+      const Result<void> slept = co_await sleep_for(delay, closing);
+      if (!slept) co_return;
+    }
+    connection.delay_ns =
+        std::clamp(2 * connection.delay_ns, options_.first_delay_ns, options_.longest_delay_ns);
+    StopScope scope(closing);
+    auto connecting = connect_(scope.token());
+    Result<std::unique_ptr<NbdClient>> made =
+        co_await with_deadline(give_up_at, scope, std::move(connecting));
+    if (made) {
+      const Client client = std::move(*made);
+      const Result<void> back = co_await come_back(connection, client, give_up_at);
+      if (back) co_return;
+      last = back.error();
+      co_await say_goodbye(client, 0);
+      if (last.code() == EMEDIUMTYPE) break;
+    } else {
+      last = std::move(made.error());
+    }
+    if (closing.stop_requested()) co_return;
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    connection.is_lost = false;
+    if (last.code() == EMEDIUMTYPE) failure_ = last;
+    connection.given_up = std::move(last);
+  }
+  changed_.wake_all();
+}
+
+// Sends the kept writes, with nothing else in flight, and puts the connection to use.
+Task<Result<void>> RemoteExport::come_back(Connection& connection, Client client,
+                                           std::int64_t give_up_at) {
+  if (Result<void> same = compare(*client); !same) co_return same;
+  StopScope scope(closing_source_.get_token());
+  bool over = false;
+  auto replaying = replay(connection, client, scope, over);
+  auto watching = cut_off_late(client, scope.token(), give_up_at, over);
+  co_return co_await when_all(scope, std::move(replaying), std::move(watching));
+}
+
+// A server that does not answer is not waited for beyond the end of all patience.
+Task<Result<void>> RemoteExport::cut_off_late(Client client, std::stop_token stop,
+                                              std::int64_t at_ns, const bool& over) {
+  (void)co_await sleep_until(at_ns, stop);
+  if (!over) {
+    co_await say_goodbye(client, 0);
+    changed_.wake_all();
+  }
+  co_return Result<void>();
+}
+
+Task<Result<void>> RemoteExport::replay(Connection& connection, Client client, StopScope& scope,
+                                        bool& over) {
+  std::unique_lock lock(mutex_);
+  while (exclusive_) co_await changed_.wait(lock);
+  exclusive_ = true;
+  // What is still to be acknowledged by another one would come after what is sent now.
+  Result<void> done;
+  while (in_flight_ > 0 && done) {
+    if (!client->state()) done = fail(ETIMEDOUT, "requests over other connections do not end");
+    if (done) co_await changed_.wait(lock);
+  }
+  for (std::size_t i = 0; i < kept_.size() && done; ++i) {
+    // Nobody else changes them meanwhile.
+    const Kept& one = kept_[i];
+    lock.unlock();
+    switch (one.command) {
+      case Command::kWrite: {
+        const iovec piece{const_cast<std::byte*>(one.data.data()), one.data.size()};
+        done = co_await client->writev(one.offset, std::span(&piece, 1), one.flags);
+        break;
+      }
+      case Command::kWriteZeroes:
+        done = co_await client->zero(one.offset, one.length, one.flags);
+        break;
+      default:
+        done = co_await client->trim(one.offset, one.length, one.flags);
+        break;
+    }
+    lock.lock();
+    if (done) ++statistics_.replayed;
+  }
+  exclusive_ = false;
+  if (done) {
+    if (unkept_ever_ > unkept_settled_) {
+      unkept_settled_ = unkept_ever_;
+      lost_writes_ =
+          Error(EIO, "writes that were acknowledged before the connection was lost may be lost");
+    }
+    connection.client = std::move(client);
+    connection.is_lost = false;
+    ++statistics_.reconnected;
+  }
+  lock.unlock();
+  changed_.wake_all();
+  over = true;
+  scope.request_stop();
+  co_return done;
+}
+
+}  // namespace roost::nbd
