@@ -114,7 +114,7 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   nbd::RequestParser parser_;
   std::shared_ptr<Chunk> chunk_;         // being received into; writes in flight share it
   std::span<const std::byte> unparsed_;  // received beyond the negotiation
-  bool large_writes_ = false;  // the last receive brought one
+  bool large_writes_ = false;            // the last receive brought one
   Coroutine* reader_ = nullptr;
   bool reader_waits_ = false;  // for places, or for everything to end
   Coroutine* sender_ = nullptr;

@@ -39,8 +39,16 @@ class HandDisk final : public BlockDriver {
     if (offset >= bad_from.load()) return failed_read();
     return operation("read");
   }
-  Task<Result<void>> write(std::uint64_t, std::span<const iovec>, bool fua) override {
-    return operation(fua ? "write fua" : "write");
+  Task<Result<void>> write(std::uint64_t offset, std::span<const iovec> from, bool fua) override {
+    Result<void> done = co_await operation(fua ? "write fua" : "write");
+    // After it was held, when the memory must still be the write's own.
+    std::lock_guard lock(mutex_);
+    std::vector<std::byte>& to = written_[offset];
+    for (const iovec& piece : from) {
+      const auto* const begin = static_cast<const std::byte*>(piece.iov_base);
+      to.insert(to.end(), begin, begin + piece.iov_len);
+    }
+    co_return done;
   }
   Task<Result<void>> flush() override { return operation("flush"); }
   Task<Result<void>> discard(std::uint64_t, std::uint64_t) override { return operation("discard"); }
@@ -78,6 +86,11 @@ class HandDisk final : public BlockDriver {
   int total() {
     std::lock_guard lock(mutex_);
     return total_;
+  }
+  // By offset, what was written there, piece by piece.
+  std::map<std::uint64_t, std::vector<std::byte>> written() {
+    std::lock_guard lock(mutex_);
+    return written_;
   }
   std::map<std::string, int> contexts() {
     std::lock_guard lock(mutex_);
@@ -141,6 +154,7 @@ class HandDisk final : public BlockDriver {
   bool held_ = false;
   int total_ = 0;
   std::map<std::string, int> counts_;
+  std::map<std::uint64_t, std::vector<std::byte>> written_;
   std::map<std::string, int> contexts_;
   std::map<AioContext*, std::vector<Coroutine*>> waiting_;
 };
@@ -571,6 +585,38 @@ TEST_P(NbdServerTest, AClientThatDawdlesInTheHandshakeIsDropped) {
   while (server_->connections() > 0) std::this_thread::yield();
   ASSERT_EQ(log().size(), 1u);
   EXPECT_NE(log()[0].find("negotiation timed out"), std::string::npos);
+}
+
+// Received into the chunk, into memory of their own, or partly each, and all of it in use until the
+// disk lets go.
+TEST_P(NbdServerTest, WritesOfAllSizesReachTheDiskWhole) {
+  start();
+  Client client = connect();
+  client.negotiate();
+  disk_.hold();
+  const std::uint32_t sizes[] = {1,       300'000, 65'536,  5,      65'535, 4096,   65'536 + 4096,
+                                 131'072, 4096,    200'000, 70'000, 3,      66'000, 4096};
+  std::map<std::uint64_t, std::vector<std::byte>> expected;
+  std::vector<std::byte> stream;
+  std::uint64_t offset = 0;
+  for (std::uint32_t size : sizes) {
+    auto write = Client::request(Command::kWrite, offset, size, 0, offset);
+    std::vector<std::byte>& data = expected[offset];
+    for (std::uint32_t i = 0; i < size; ++i) {
+      data.push_back(static_cast<std::byte>((i * 2654435761u + offset * 40503u) >> 13));
+    }
+    std::ranges::copy(data, write.end() - size);
+    stream.insert(stream.end(), write.begin(), write.end());
+    offset += 70'001;
+  }
+  ASSERT_LE(offset, kSize);
+  client.send(stream);
+  disk_.wait_for_total(std::size(sizes));
+  disk_.release();
+  for (std::uint64_t cookie = 0; cookie < offset; cookie += 70'001) {
+    EXPECT_EQ(client.reply(cookie), 0u);
+  }
+  EXPECT_TRUE(disk_.written() == expected);
 }
 
 TEST_P(NbdServerTest, AClientThatVanishesWithinAWriteCostsOnlyItself) {
