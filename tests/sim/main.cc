@@ -54,8 +54,8 @@ struct Options {
 
 std::vector<Scenario> all_scenarios() {
   std::vector<Scenario> all;
-  for (const auto& group :
-       {runtime_scenarios(), device_scenarios(), sync_scenarios(), wait_scenarios(), nbd_scenarios()}) {
+  for (const auto& group : {runtime_scenarios(), device_scenarios(), sync_scenarios(),
+                            wait_scenarios(), nbd_scenarios()}) {
     all.insert(all.end(), group.begin(), group.end());
   }
   return all;
