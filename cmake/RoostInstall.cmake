@@ -25,6 +25,8 @@ if(TARGET roost)
 endif()
 file(GLOB pages CONFIGURE_DEPENDS docs/man/*.1)
 install(FILES ${pages} DESTINATION ${CMAKE_INSTALL_MANDIR}/man1 COMPONENT program)
+install(FILES docs/completion/roost.bash DESTINATION ${CMAKE_INSTALL_DATADIR}/bash-completion/completions
+        RENAME roost COMPONENT program)
 install(FILES docs/man/roost-nbd-protocol.7 DESTINATION ${CMAKE_INSTALL_MANDIR}/man7
   COMPONENT program)
 
