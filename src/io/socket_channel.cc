@@ -35,6 +35,14 @@ constexpr std::int64_t kLingerStepNs = 2'000'000;
 constexpr int kLingerQuietSteps = 150;
 constexpr std::size_t kLingerChunk = 64 << 10;
 
+// Room for descriptors. Its alignment is its type's: GCC 12 does not heed alignas of a variable
+// that lives in a coroutine's frame.
+union ControlBuffer {
+  std::uint64_t aligned;
+  std::byte bytes[CMSG_SPACE(SocketChannel::kMaxDescriptors * sizeof(int))];
+};
+static_assert(alignof(ControlBuffer) >= alignof(cmsghdr));
+
 }  // namespace
 
 SocketChannel::SocketChannel(UniqueFd fd, std::string name)
@@ -117,12 +125,12 @@ Task<Result<std::size_t>> SocketChannel::do_readv(std::span<const iovec> to, boo
 }
 
 Task<Result<std::size_t>> SocketChannel::receive(msghdr& message, int flags, std::stop_token stop) {
-  alignas(cmsghdr) std::array<std::byte, CMSG_SPACE(kMaxDescriptors * sizeof(int))> control;
+  ControlBuffer control;
   for (;;) {
     if (in_transit(Direction::kRead)) co_await arrive();
     if (received_descriptors_) {
-      message.msg_control = control.data();
-      message.msg_controllen = control.size();
+      message.msg_control = control.bytes;
+      message.msg_controllen = sizeof control.bytes;
     }
     CancellableIoAwaiter wait(io_recvmsg(fd_.get(), message, flags | MSG_CMSG_CLOEXEC).request(),
                               stop, &slots_[0]);
@@ -151,9 +159,9 @@ Task<Result<std::size_t>> SocketChannel::do_writev(std::span<const iovec> from, 
   msghdr message{};
   message.msg_iov = const_cast<iovec*>(from.data());
   message.msg_iovlen = std::min(from.size(), kMaxPieces);
-  alignas(cmsghdr) std::array<std::byte, CMSG_SPACE(kMaxDescriptors * sizeof(int))> control;
+  ControlBuffer control;
   if (!send_descriptors_.empty()) {
-    message.msg_control = control.data();
+    message.msg_control = control.bytes;
     message.msg_controllen = CMSG_SPACE(send_descriptors_.size_bytes());
     cmsghdr* const c = CMSG_FIRSTHDR(&message);
     c->cmsg_level = SOL_SOCKET;

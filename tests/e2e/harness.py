@@ -188,13 +188,14 @@ def sparse_file(path, size):
 class Daemon:
     """One `roost serve`. Use as a context manager: leaving it ends the process, by its pid.
 
-    `sockets`, which listen already, are passed to it instead of addresses.
+    `sockets`, which listen already, are passed to it instead of addresses. `quarantine_mib` bounds
+    what AddressSanitizer keeps of freed memory, for cases that look at how much the daemon takes.
 
     After a `with` block that did not end the daemon itself, it must still be alive, end on
     SIGTERM with exit code 0, and must not have left a sanitizer's report."""
 
     def __init__(self, test, *arguments, listen=None, loop=None, ready=True, cwd=None,
-                 bare=False, sockets=(), command="serve"):
+                 bare=False, sockets=(), command="serve", quarantine_mib=None):
         self.test = test
         self.log_path = os.path.join(test.folder, f"stderr.{len(test.daemons)}")
         loop = loop or test.loop
@@ -205,6 +206,9 @@ class Daemon:
 
         def begin():
             die_with_parent()
+            if quarantine_mib:
+                os.environ["ASAN_OPTIONS"] = ":".join(filter(None, (
+                    os.environ.get("ASAN_OPTIONS"), f"quarantine_size_mb={quarantine_mib}")))
             if sockets:  # handed over as a service manager does
                 # First out of the way of each other.
                 copies = [fcntl.fcntl(one, fcntl.F_DUPFD, 100) for one in sockets]

@@ -142,7 +142,7 @@ def vanishing_with_requests_under_way(test):
     """Whenever the connection breaks, what it held is given back."""
     disk = test.path("disk.img")
     sparse_file(disk, SIZE)
-    with test.serve(disk) as daemon:
+    with test.serve(disk, quarantine_mib=8) as daemon:
         check_still_serves(daemon)
         descriptors = len(os.listdir(f"/proc/{daemon.pid}/fd"))
         memory = daemon.rss_bytes()
