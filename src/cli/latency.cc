@@ -143,12 +143,16 @@ std::string plot_latencies(const std::string& title, const LatencyHistogram& rea
   }
   svg += fmt::format("<line x1=\"{0}\" y1=\"{1}\" x2=\"{2}\" y2=\"{1}\" stroke=\"black\"/>\n",
                      kLeft, bottom, kWidth - kRight);
-  for (double decade = std::ceil(low); decade <= high; ++decade) {
-    const double x = x_of(std::pow(10, decade));
-    svg += fmt::format(
-        "<line x1=\"{0:.1f}\" y1=\"{1}\" x2=\"{0:.1f}\" y2=\"{2}\" stroke=\"#ccc\"/>\n"
-        "<text x=\"{0:.1f}\" y=\"{3}\" text-anchor=\"middle\">{4}</text>\n",
-        x, kTop, bottom, bottom + 18, duration(std::pow(10, decade)));
+  for (double decade = std::floor(low); decade <= high; ++decade) {
+    for (const double step : {1.0, 2.0, 5.0}) {
+      const double ns = step * std::pow(10, decade);
+      if (ns < std::pow(10, low) || ns > std::pow(10, high)) continue;
+      const double x = x_of(ns);
+      svg += fmt::format(
+          "<line x1=\"{0:.1f}\" y1=\"{1}\" x2=\"{0:.1f}\" y2=\"{2}\" stroke=\"#ccc\"/>\n"
+          "<text x=\"{0:.1f}\" y=\"{3}\" text-anchor=\"middle\">{4}</text>\n",
+          x, kTop, bottom, bottom + 18, duration(ns));
+    }
   }
   svg += fmt::format(
       "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">latency</text>\n"
