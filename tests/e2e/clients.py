@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import xml.dom.minidom
 
 from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Skip, case, check, check_equal,
                      pattern_file, run, same_contents, sparse_file)
@@ -210,3 +211,30 @@ def null_disk(test):
     with test.serve("null:1T") as daemon:
         check_equal(int(run("nbdinfo", "--size", daemon.uri).stdout), 1 << 40, "size")
         qemu_io(daemon.uri, "write -P 0x3c 512G 1M", "read -P 0 512G 1M", "flush")
+
+
+@case()
+def bench_tells_what_it_measured(test):
+    picture = test.path("latency.svg")
+    with test.serve("mem:16M") as daemon:
+        done = test.roost_run("bench", daemon.uri, "--seconds", 0.3, "--warm-up", 0, "--writes", 50,
+                              "--depth", 4, "--json", "--plot", picture)
+        check_equal(done.returncode, 0, f"exit code ({done.stderr})")
+        told = json.loads(done.stdout)
+        for kind in ("reads", "writes"):
+            latency = told[kind]["latency_us"]
+            check(told[kind]["requests"] > 0, f"no {kind}")
+            order = [latency["min"], *(latency["percentiles"][p] for p in ("50", "90", "99")),
+                     latency["max"]]
+            check_equal(order, sorted(order), f"percentiles of {kind}")
+        # 4 requests in flight for 0.3 s or more, each as long as the mean says.
+        busy_s = sum(told[kind]["requests"] * told[kind]["latency_us"]["mean"]
+                     for kind in ("reads", "writes")) / 1e6
+        check(busy_s > 0.6, f"the latencies add up to {busy_s:.2f} s of 1.2 s")
+        bars = xml.dom.minidom.parse(picture).getElementsByTagName("rect")
+        check(len(bars) > 2, "the picture is empty")
+        refused = test.roost_run("bench", daemon.uri, "--size", "1G")
+        check_equal(refused.returncode, 2, "exit code for a request that is too long")
+    gone = test.roost_run("bench", daemon.uri, "--seconds", 0.1)
+    check_equal(gone.returncode, 1, "exit code without a server")
+    check("connect" in gone.stderr, f"what is wrong is not said: {gone.stderr}")
