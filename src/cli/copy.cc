@@ -37,7 +37,8 @@ struct CopyCommand {
   std::string to;
   unsigned iothreads = 2;
   unsigned connections = 0;  // to each server; 0: one for each I/O thread
-  unsigned depth = 16;       // requests in flight on each I/O thread
+  std::int64_t reconnect_s = 60;
+  unsigned depth = 16;  // requests in flight on each I/O thread
   std::string request_size = "256K";
   bool target_is_zero = false;
   bool flush = false;
@@ -121,7 +122,7 @@ class Copying {
     reading.read_only = true;
     reading.direct = command_.direct;
     Result<std::unique_ptr<BlockDriver>> from =
-        co_await open_any_disk(runtime_, command_.from, reading, command_.connections);
+        co_await open_any_disk(runtime_, command_.from, reading, remote_);
     if (!from) co_return std::unexpected(from.error());
     from_ = std::move(*from);
     if (is_path(command_.to)) {
@@ -132,7 +133,7 @@ class Copying {
     OpenOptions writing;
     writing.direct = command_.direct;
     Result<std::unique_ptr<BlockDriver>> to =
-        co_await open_any_disk(runtime_, command_.to, writing, command_.connections);
+        co_await open_any_disk(runtime_, command_.to, writing, remote_);
     if (!to) co_return std::unexpected(to.error());
     to_ = std::move(*to);
     if (to_->read_only()) co_return fail(EROFS, to_->name());
@@ -187,6 +188,8 @@ class Copying {
 
   Runtime& runtime_;
   const CopyCommand& command_;
+  const RemoteOptions remote_{.connections = command_.connections,
+                              .reconnect_timeout_ns = command_.reconnect_s * 1'000'000'000};
   CopyOptions options_;
   std::unique_ptr<BlockDriver> from_;
   std::unique_ptr<BlockDriver> to_;
@@ -234,6 +237,11 @@ void add_copy(CLI::App& app, Action& action) {
       ->add_option("--connections", command->connections,
                    "Connections to each server, if it allows several; 0: one for each thread")
       ->check(CLI::Range(0, 256))
+      ->capture_default_str();
+  copying
+      ->add_option("--reconnect", command->reconnect_s,
+                   "Seconds for which a lost connection is tried to be made again; 0: not at all")
+      ->check(CLI::Range(0, 86'400))
       ->capture_default_str();
   copying->add_option("--depth", command->depth, "Requests in flight on each thread")
       ->check(CLI::Range(1, 1024))

@@ -89,13 +89,14 @@ int Runtime::run(Task<int> task) {
 
 Task<Result<std::unique_ptr<BlockDriver>>> open_any_disk(Runtime& runtime, std::string description,
                                                          OpenOptions options,
-                                                         unsigned connections) {
+                                                         RemoteOptions remote) {
   if (!nbd::looks_like_nbd_uri(description)) co_return open_disk(description, options);
   Result<nbd::NbdTarget> target = nbd::NbdTarget::parse(description);
   if (!target) co_return std::unexpected(target.error());
   NbdDiskOptions how;
   how.contexts = runtime.contexts();
-  how.connections = connections;
+  how.connections = remote.connections;
+  how.reconnect_timeout_ns = remote.reconnect_timeout_ns;
   how.read_only = options.read_only;
   // Whoever copies writes every block once, and nobody else writes.
   how.replay_writes = true;

@@ -55,10 +55,16 @@ class Runtime {
   std::vector<AioContext*> contexts_;
 };
 
-/// A disk of this machine, as open_disk() understands it, or an NBD URI's, over `connections` (0:
-/// one for each I/O thread). In a coroutine on the main context.
+/// How an NBD server is used.
+struct RemoteOptions {
+  unsigned connections = 0;  // 0: one for each I/O thread
+  /// How long a lost connection is tried to be made again; 0: not at all.
+  std::int64_t reconnect_timeout_ns = 60'000'000'000;
+};
+
+/// A disk of this machine, as open_disk() understands it, or an NBD URI's. In a coroutine on the
+/// main context.
 Task<Result<std::unique_ptr<BlockDriver>>> open_any_disk(Runtime& runtime, std::string description,
-                                                         OpenOptions options,
-                                                         unsigned connections = 0);
+                                                         OpenOptions options, RemoteOptions remote);
 
 }  // namespace roost::cli

@@ -62,7 +62,8 @@ def what_is_wrong_is_noticed(test):
                             ("qemu-img", "convert", "-f", "raw", proxy.uri, test.path("out"))):
                 done = run(*command, check_exit=False, timeout=20)
                 check(done.returncode != 0, f"{command[0]} notices nothing of {fault}")
-            copied = test.roost_run("copy", proxy.uri, test.path("out"), "--connections", 1)
+            copied = test.roost_run("copy", proxy.uri, test.path("out"), "--connections", 1,
+                                    "--reconnect", 0)
             check_equal(copied.returncode, 1, f"exit code of roost copy behind {fault}")
             check(proxy.report()["fault_count"] >= 3, f"{fault} was not done")
         run("nbdcopy", server.uri, "null:")
