@@ -8,7 +8,7 @@
 #include <cerrno>
 #include <utility>
 
-#include "nbd/client_words.h"
+#include "nbd/words.h"
 #include "roost/base/bytes.h"
 #include "roost/base/check.h"
 
@@ -221,7 +221,7 @@ void ClientNegotiation::on_reply_header() {
                            option_words(option_)));
   }
   if (option != std::to_underlying(option_)) {
-    return lie(fmt::format("replied to {} when asked for {}", option_words(Option{option}),
+    return lie(fmt::format("replied to option {} when asked for {}", option_words(Option{option}),
                            option_words(option_)));
   }
   if (++replies_seen_ > kMaxReplies) {

@@ -387,7 +387,7 @@ TEST(ClientNegotiation, SaysWhatALyingServerDid) {
   EXPECT_EQ(lies(wrong_magic),
             "the server sent the wrong magic 0x0003e889045565aa before its "
             "reply to GO");
-  EXPECT_EQ(lies(reply(6, 1)), "the server replied to INFO when asked for GO");
+  EXPECT_EQ(lies(reply(6, 1)), "the server replied to option INFO when asked for GO");
   EXPECT_EQ(lies(reply(77, 1)), "the server replied to option 77 when asked for GO");
   EXPECT_EQ(lies(reply(7, 2, be32(0))), "the server answered GO with SERVER");
   EXPECT_EQ(lies(reply(7, 99)), "the server answered GO with type 0x63");

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#include "nbd/client_words.h"
+#include "nbd/words.h"
 #include "roost/base/bytes.h"
 
 namespace roost::nbd {

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "nbd/words.h"
 #include "roost/base/bytes.h"
 #include "roost/base/check.h"
 
@@ -16,53 +17,6 @@ namespace {
 
 constexpr std::size_t kGoFixedSize = 6;  // length of the name, number of information requests
 constexpr std::string_view kBaseNamespace = "base:";
-
-/// A peer's string for a log line or an error message: quoted, printable, of bounded length.
-std::string quoted(std::string_view text) {
-  constexpr std::size_t kLongest = 64;
-  std::string result = "\"";
-  for (unsigned char c : text.substr(0, kLongest)) {
-    if (c < 0x20 || c > 0x7e || c == '"' || c == '\\') {
-      result += fmt::format("\\x{:02x}", c);
-    } else {
-      result += static_cast<char>(c);
-    }
-  }
-  result += text.size() > kLongest ? "\"..." : "\"";
-  return result;
-}
-
-std::string_view as_text(std::span<const std::byte> bytes) {
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
-std::string name_of(Option option) {
-  switch (option) {
-    case Option::kExportName:
-      return "EXPORT_NAME";
-    case Option::kAbort:
-      return "ABORT";
-    case Option::kList:
-      return "LIST";
-    case Option::kPeekExport:
-      return "PEEK_EXPORT";
-    case Option::kStartTls:
-      return "STARTTLS";
-    case Option::kInfo:
-      return "INFO";
-    case Option::kGo:
-      return "GO";
-    case Option::kStructuredReply:
-      return "STRUCTURED_REPLY";
-    case Option::kListMetaContext:
-      return "LIST_META_CONTEXT";
-    case Option::kSetMetaContext:
-      return "SET_META_CONTEXT";
-    case Option::kExtendedHeaders:
-      return "EXTENDED_HEADERS";
-  }
-  return fmt::format("{}", std::to_underlying(option));
-}
 
 bool has_default_block_sizes(const ExportInfo& info) {
   return info.min_block == kDefaultMinBlock && info.preferred_block == kDefaultPreferredBlock &&
@@ -73,7 +27,7 @@ bool has_default_block_sizes(const ExportInfo& info) {
 
 Result<void> check_export(const ExportInfo& info) {
   const auto refuse = [&](std::string_view why) {
-    return fail(EINVAL, fmt::format("export {}: {}", quoted(info.name), why));
+    return fail(EINVAL, fmt::format("export {}: {}", printable(info.name), why));
   };
   if (info.name.size() > kMaxString) return refuse("the name is longer than 4096 bytes");
   if (info.description.size() > kMaxString) {
@@ -228,7 +182,7 @@ void ServerNegotiation::on_option_header() {
   }
   if (!(client_flags_ & kClientFixedNewstyle) && option_ != Option::kExportName) {
     return fail_with(
-        fmt::format("option {} without the fixed newstyle client flag", name_of(option_)));
+        fmt::format("option {} without the fixed newstyle client flag", option_words(option_)));
   }
 
   bool collect = false;
@@ -257,7 +211,7 @@ void ServerNegotiation::on_option_header() {
 void ServerNegotiation::skip(std::uint32_t size) {
   if (size > skip_budget_) {
     return fail_with(
-        fmt::format("option {} with {} bytes of unwanted data", name_of(option_), size));
+        fmt::format("option {} with {} bytes of unwanted data", option_words(option_), size));
   }
   skip_budget_ -= size;
   skip_left_ = size;
@@ -322,7 +276,8 @@ void ServerNegotiation::on_option_complete() {
       }
       break;
     default:
-      put_error(ReplyType::kErrUnsup, fmt::format("option {} is not supported", name_of(option_)));
+      put_error(ReplyType::kErrUnsup,
+                fmt::format("option {} is not supported", option_words(option_)));
       break;
   }
   expect(Step::kOptionHeader, kOptionHeaderSize);
@@ -343,7 +298,8 @@ void ServerNegotiation::on_start_tls() {
 
 void ServerNegotiation::on_reply_style(ReplyStyle style) {
   if (option_length_ > 0) {
-    return put_error(ReplyType::kErrInvalid, fmt::format("{} takes no data", name_of(option_)));
+    return put_error(ReplyType::kErrInvalid,
+                     fmt::format("{} takes no data", option_words(option_)));
   }
   if (style == ReplyStyle::kStructured && reply_style_ == ReplyStyle::kExtended) {
     return put_error(ReplyType::kErrExtHeaderReqd, "extended headers have been agreed on already");
@@ -356,9 +312,9 @@ void ServerNegotiation::on_export_name() {
   if (reply_style_ == ReplyStyle::kExtended) {
     return fail_with("EXPORT_NAME after EXTENDED_HEADERS");
   }
-  const std::string_view name = as_text(buffer_);
+  const std::string_view name = text_of(buffer_);
   const ExportInfo* const info = exports_->find(name);
-  if (!info) return fail_with(fmt::format("unknown export {}", quoted(name)));
+  if (!info) return fail_with(fmt::format("unknown export {}", printable(name)));
   put(info->size);
   put(shown_flags(*info));
   if (!(client_flags_ & kClientNoZeroes)) {
@@ -386,10 +342,10 @@ void ServerNegotiation::on_info_or_go() {
   if (name_length > kMaxString) {
     return put_error(ReplyType::kErrTooBig, "the name is longer than 4096 bytes");
   }
-  const std::string_view name = as_text(data.subspan(4, name_length));
+  const std::string_view name = text_of(data.subspan(4, name_length));
   const ExportInfo* const info = exports_->find(name);
   if (!info) {
-    return put_error(ReplyType::kErrUnknown, fmt::format("there is no export {}", quoted(name)));
+    return put_error(ReplyType::kErrUnknown, fmt::format("there is no export {}", printable(name)));
   }
 
   bool wants_name = false;
@@ -459,7 +415,7 @@ void ServerNegotiation::on_meta_context() {
       return {};
     }
     too_long = too_long || length > kMaxString;
-    const std::string_view text = as_text(rest.first(length));
+    const std::string_view text = text_of(rest.first(length));
     rest = rest.subspan(length);
     return text;
   };
@@ -485,7 +441,7 @@ void ServerNegotiation::on_meta_context() {
   if (no_colon) return put_error(ReplyType::kErrInvalid, "a query lacks its colon");
   const ExportInfo* const info = exports_->find(name);
   if (!info) {
-    return put_error(ReplyType::kErrUnknown, fmt::format("there is no export {}", quoted(name)));
+    return put_error(ReplyType::kErrUnknown, fmt::format("there is no export {}", printable(name)));
   }
   if (wanted) {
     put_reply_header(ReplyType::kMetaContext, 4 + kBaseAllocation.size());

@@ -9,7 +9,7 @@
 #include <charconv>
 #include <utility>
 
-#include "nbd/client_words.h"
+#include "nbd/words.h"
 #include "roost/nbd/protocol.h"
 
 namespace roost::nbd {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Words for the numbers of the protocol and for a server's strings, as log lines need them.
+// Words for the numbers of the protocol and for a peer's strings, as log lines need them.
 //
 // Threads: pure functions.
 #pragma once
@@ -14,10 +14,10 @@
 
 namespace roost::nbd {
 
-/// A server's string: quoted, printable, cut to a bounded length.
+/// A peer's string: quoted, printable, cut to a bounded length.
 std::string printable(std::string_view text);
 
-std::string option_words(Option option);           // "GO"
+std::string option_words(Option option);           // "GO"; a number where it is unknown
 std::string reply_type_words(std::uint32_t type);  // "ERR_UNKNOWN"
 std::string command_words(Command command);        // "READ"
 std::string chunk_type_words(ChunkType type);      // "OFFSET_DATA"

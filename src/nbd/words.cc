@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "nbd/client_words.h"
+#include "nbd/words.h"
 
 #include <fmt/format.h>
 
@@ -46,7 +46,7 @@ std::string option_words(Option option) {
     case Option::kExtendedHeaders:
       return "EXTENDED_HEADERS";
   }
-  return fmt::format("option {}", std::to_underlying(option));
+  return fmt::format("{}", std::to_underlying(option));
 }
 
 std::string reply_type_words(std::uint32_t type) {
