@@ -132,8 +132,8 @@ class IoUringBackEnd final : public BackEnd {
   }
 
   // While the context busily waits for one message after the other, the next is received by a call
-  // that is made again and again: the kernel need not watch the socket, nor the sender wake anybody,
-  // nor this thread ask what came of it.
+  // that is made again and again: the kernel need not watch the socket, nor the sender wake
+  // anybody, nor this thread ask what came of it.
   bool try_held() noexcept override {
     if (!held_) return false;
     const std::int64_t result = held_->execute(true);
@@ -390,7 +390,7 @@ class IoUringBackEnd final : public BackEnd {
   Requests requests_;
   IoRequest* held_ = nullptr;  // a receive
   unsigned held_polls_ = 0;    // iterations since it came
-  unsigned immediate_ = 0;  // sends and receives that this iteration has made at once
+  unsigned immediate_ = 0;     // sends and receives that this iteration has made at once
   bool closing_ = false;
   const bool files_in_ring_;
   std::optional<FileEngines> files_;  // null once the back end goes

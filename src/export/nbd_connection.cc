@@ -41,8 +41,8 @@ constexpr std::int64_t kLingerNs = 5'000'000'000;
 constexpr std::uint64_t kSparseRead = 64 << 10;
 constexpr std::size_t kSparseReadExtents = 32;
 
-// Reads from here on are sent from the page cache without a copy, where that is possible: below, the
-// copy costs less than the calls.
+// Reads from here on are sent from the page cache without a copy, where that is possible: below,
+// the copy costs less than the calls.
 constexpr std::uint64_t kSentFromCache = 64 << 10;
 
 // What one CACHE reads ahead: a request of 28 bytes shall not push everything else out of the

@@ -70,8 +70,8 @@ class SocketChannel : public Channel {
   Task<Result<std::size_t>> receive(msghdr& message, int flags, std::stop_token stop);
 
   UniqueFd fd_;
-  const bool local_;          // a unix socket
-  bool sends_files_ = false;  // its buffer has been enlarged for them: for the writer
+  const bool local_;             // a unix socket
+  bool sends_files_ = false;     // its buffer has been enlarged for them: for the writer
   std::array<IoSlot, 2> slots_;  // what waits, by direction
   bool more_is_likely_ = false;  // to be received: for the reader
   // What comes and goes beside the bytes of the operation that is under way.
