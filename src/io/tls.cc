@@ -236,6 +236,12 @@ struct TlsChannel::Session {
   bool something_to_send() const noexcept {
     return !unsent.empty() || sending_begin < sending.size();
   }
+
+  void forget_unsent() noexcept {
+    unsent.clear();
+    sending.clear();
+    sending_begin = 0;
+  }
 };
 
 TlsChannel::TlsChannel(std::unique_ptr<Channel> lower,
@@ -307,6 +313,9 @@ Task<Result<std::unique_ptr<TlsChannel>>> TlsChannel::handshake(
 }
 
 Task<Result<void>> TlsChannel::shake_hands(std::stop_token stop) {
+  const auto below = [](const Error& error) {
+    return fail(error.code(), "TLS handshake: " + error.doing());
+  };
   for (;;) {
     const int code = ::gnutls_handshake(session_->handle);
     if (code != GNUTLS_E_AGAIN && ::gnutls_error_is_fatal(code)) {
@@ -314,7 +323,10 @@ Task<Result<void>> TlsChannel::shake_hands(std::stop_token stop) {
     }
     // What it has to say is sent in any case: an alert tells the peer what is wrong.
     const Result<void> sent = co_await flush(Direction::kWrite, stop);
-    if (code == GNUTLS_E_SUCCESS) co_return sent;
+    if (code == GNUTLS_E_SUCCESS) {
+      if (!sent) co_return below(sent.error());
+      co_return sent;
+    }
     if (code == GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR) {
       gnutls_datum_t words{};
       ::gnutls_certificate_verification_status_print(
@@ -328,10 +340,15 @@ Task<Result<void>> TlsChannel::shake_hands(std::stop_token stop) {
     if (code != GNUTLS_E_AGAIN && ::gnutls_error_is_fatal(code)) {
       co_return tls_failure("TLS handshake with", code);
     }
-    if (!sent) co_return sent;
+    if (!sent) {
+      // A peer that hung up has most likely said why: that is worth more than the broken pipe.
+      const int error = sent.error().code();
+      if (error != EPIPE && error != ECONNRESET) co_return below(sent.error());
+      session_->forget_unsent();
+    }
     if (code == GNUTLS_E_AGAIN && ::gnutls_record_get_direction(session_->handle) == 0) {
       const Result<void> more = co_await fill(stop);
-      if (!more) co_return more;
+      if (!more) co_return below(more.error());
     }
   }
 }

@@ -23,10 +23,15 @@ def connects(path):
     return True
 
 
-class Foreign:
-    """A server on a unix socket, ended with the case."""
+def listens(port):
+    with socket.socket() as peer:
+        return peer.connect_ex(("127.0.0.1", port)) == 0
 
-    def __init__(self, test, *command, socket_name="foreign", probe=True):
+
+class Foreign:
+    """A server on a unix socket, or a port of this machine, ended with the case."""
+
+    def __init__(self, test, *command, socket_name="foreign", port=None, probe=True):
         self.path = test.path(socket_name)
         command = [str(part).replace("SOCKET", self.path) for part in command]
         command[0] = need_program(command[0])
@@ -37,8 +42,9 @@ class Foreign:
                                             preexec_fn=die_with_parent)
         test.defer(self.kill)
         # A connection is a client: where the first one counts, only the socket file is awaited.
-        wait_until(lambda: self.failed() or (connects(self.path) if probe
-                                             else os.path.exists(self.path)),
+        wait_until(lambda: self.failed() or (listens(port) if port else
+                                             connects(self.path) if probe else
+                                             os.path.exists(self.path)),
                    f"{command[0]} listens")
         if self.failed():
             raise Failure(f"{' '.join(command)}: exit {self.process.returncode}\n{self.log()}")
@@ -283,15 +289,15 @@ def free_port():
         return one.getsockname()[1]
 
 
-@case(timeout_s=120)
-def roost_copy_with_nbd_server(test):
+def nbd_server(test, disk, **generic):
+    """nbd-server's socket; `generic`: more of its configuration."""
     program = need_program("nbd-server")
-    disk, path, pid_file = test.path("disk"), test.path("foreign"), test.path("pid")
-    sparse_file(disk, SIZE)
+    path, pid_file = test.path("foreign"), test.path("pid")
     with open(test.path("config"), "w") as config:
         # It listens on a port in any case.
         config.write(f"[generic]\nunixsock = {path}\nport = {free_port()}\n"
-                     "listenaddr = 127.0.0.1\nallowlist = true\n"
+                     "listenaddr = 127.0.0.1\nallowlist = true\n" +
+                     "".join(f"{key} = {value}\n" for key, value in generic.items()) +
                      f"[disk]\nexportname = {disk}\nflush = true\nfua = true\ntrim = true\n")
     # It goes into the background: staying, it would serve one client only.
     run(program, "-C", test.path("config"), "-p", pid_file)
@@ -303,7 +309,14 @@ def roost_copy_with_nbd_server(test):
     wait_until(lambda: os.path.exists(pid_file) and os.path.getsize(pid_file), "nbd-server's pid")
     test.defer(end)
     wait_until(lambda: connects(path), "nbd-server listens")
-    uri = f"nbd+unix:///disk?socket={path}"
+    return path
+
+
+@case(timeout_s=120)
+def roost_copy_with_nbd_server(test):
+    disk = test.path("disk")
+    sparse_file(disk, SIZE)
+    uri = f"nbd+unix:///disk?socket={nbd_server(test, disk)}"
     info = there_and_back(test, uri, disk)
     check_equal(info["replies"], "simple", "style of replies")
     listed = json.loads(roost(test, "info", uri, "--list", "--json").stdout)
