@@ -29,10 +29,11 @@ def listens(port):
 
 
 class Foreign:
-    """A server on a unix socket, or a port of this machine, ended with the case."""
+    """A server on a unix socket, or a port of this machine, ended with the case. `path`: what to
+    wait for instead of the socket."""
 
-    def __init__(self, test, *command, socket_name="foreign", port=None, probe=True):
-        self.path = test.path(socket_name)
+    def __init__(self, test, *command, socket_name="foreign", port=None, path=None, probe=True):
+        self.path = path or test.path(socket_name)
         command = [str(part).replace("SOCKET", self.path) for part in command]
         command[0] = need_program(command[0])
         self.log_path = test.path(f"{socket_name}.log")

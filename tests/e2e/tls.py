@@ -4,8 +4,9 @@ there."""
 
 import os
 
-from harness import (KIB, MIB, TRANSPORTS, case, check, check_equal, need_program, pattern_file,
-                     run, same_contents, sparse_file)
+from clients import fio, fio_errors
+from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Failure, case, check, check_equal,
+                     need_program, pattern_file, run, same_contents, sparse_file)
 from nbd_client import (OPT_GO, OPT_LIST, OPT_STARTTLS, REP_ACK, REP_ERR_UNSUP, Client,
                         check_still_serves)
 
@@ -154,6 +155,9 @@ def check_tools_work(test, daemon, disk, uri, credentials):
     remote = qemu_image(test, daemon)
     run("qemu-img", "compare", "--object", credentials, "--image-opts", remote,
         f"driver=raw,file.driver=file,file.filename={disk}")
+    run("qemu-img", "convert", "-n", "--object", credentials, "--target-image-opts", "-f", "raw",
+        image, remote)
+    check(same_contents(image, disk), "what qemu-img sent is not what is on the disk")
     qemu_io(remote, "write -P 0x5a 1M 300k", "read -P 0x5a 1M 300k", "flush",
             credentials=credentials)
     with open(disk, "rb") as file:
@@ -215,6 +219,43 @@ def tls_by_shared_keys(test):
             check_refused(with_key(daemon.uri, name, wrong))
         check_equal(int(run("nbdinfo", "--size", with_key(daemon.uri, "bob", keys)).stdout),
                     DISK_SIZE, "size for bob")
+
+
+@case(loops=EVENT_LOOPS, transports=("tcp",), timeout_s=120)
+def fio_verifies_over_tls(test):
+    """By a certificate in fio's home: it takes neither a folder nor a file of keys with the URI."""
+    authority, home = Authority(test), test.path("home")
+    server = authority.server(test)
+    authority.trust_in(f"{home}/.pki/libnbd")
+    # As root, libnbd looks in the system's folders only.
+    user = {}
+    if os.geteuid() == 0:
+        user = {"user": 65534, "group": 65534, "extra_groups": []}
+        os.chmod(test.folder, 0o755)
+        os.chown(home, 65534, 65534)
+
+    def verified(daemon, *options):
+        return fio(test, daemon.uri, "--rw=randwrite", "--bsrange=4k-64k", "--size=4M",
+                   "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", *options,
+                   cwd=home, env=dict(os.environ, HOME=home), **user)
+
+    with test.serve(f"mem:{DISK_SIZE}", "--tls-creds", server) as daemon:
+        jobs = fio_errors(verified(daemon, "--numjobs=2", "--offset_increment=4M", "--thread"))
+        check_equal(len(jobs), 2, "jobs")
+        for error, reads, writes in jobs:
+            check_equal(error, 0, "fio's error")
+            check(reads == writes > 50, f"fio did {reads} reads and {writes} writes")
+    # It does look whom it talks to.
+    stranger = Authority(test, "stranger")
+    os.unlink(f"{home}/.pki/libnbd/ca-cert.pem")
+    stranger.trust_in(f"{home}/.pki/libnbd")
+    with test.serve(f"mem:{DISK_SIZE}", "--tls-creds", server) as daemon:
+        try:
+            done = fio_errors(verified(daemon))
+        except Failure as refused:
+            check("certificate" in str(refused), f"fio says {refused}")
+        else:
+            raise Failure(f"fio believes a server that it does not trust: {done}")
 
 
 @case(transports=TRANSPORTS)
