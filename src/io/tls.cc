@@ -13,8 +13,6 @@
 #include <span>
 #include <vector>
 
-#include "roost/base/check.h"
-
 namespace roost {
 
 namespace {
@@ -189,6 +187,7 @@ struct TlsChannel::Session {
   std::vector<std::byte> received;
   std::size_t received_begin = 0;
   std::size_t received_end = 0;
+  std::size_t times_left = 0;  // since it was filled: GnuTLS wanted more, and had not taken all
   bool received_all = false;
 
   // What is to go below; `sending` is what a flush is at.
@@ -375,11 +374,18 @@ void TlsChannel::learn_about_peer() {
   ::gnutls_x509_crt_deinit(certificate);
 }
 
-// Gets more from below. REQUIRES: what had come is used up.
+// Gets more from below, unless there is some left: after some messages (a part of a handshake, a
+// ticket, a key update) GnuTLS wants to be called again before it takes what came behind them. It
+// has then used up at least a byte of what it took before.
 Task<Result<void>> TlsChannel::fill(std::stop_token stop) {
   Session& session = *session_;
-  ROOST_CHECK(session.received_begin == session.received_end, "{} bytes of {} are not taken",
-              session.received_end - session.received_begin, name());
+  if (session.received_begin < session.received_end) {
+    if (++session.times_left > kReceiveSize) {
+      co_return fail(EPROTO, fmt::format("read from {}: TLS does not get on", name()));
+    }
+    co_return Result<void>();
+  }
+  session.times_left = 0;
   const Result<std::size_t> n = co_await lower_->read(session.received, std::move(stop));
   if (!n) co_return std::unexpected(n.error());
   session.received_begin = 0;

@@ -168,6 +168,22 @@ TEST_F(Tls, APeerThatHungUpIsHeardAllTheSame) {
   }
 }
 
+TEST_F(Tls, AHandshakeInPiecesOfNonsenseIsAnError) {
+  // GnuTLS takes the first record, a part of a message, and does not look at the rest at once.
+  const std::string start("\x16\x03\x01\x00\x05", 5);
+  for (const std::string& rest : {std::string("hello and goodbye"), "hello" + start + "world",
+                                  std::string("hello"), std::string("hel")}) {
+    auto below = make_memory_channels();
+    std::optional<Done> sent;
+    run(below.second->write_full(bytes_of(start + rest)), sent);
+    below.second.reset();
+    server_.reset();
+    run(TlsChannel::handshake(std::move(below.first), load({.directory = certificates_.folder()})),
+        server_);
+    EXPECT_FALSE(*server_);
+  }
+}
+
 TEST_F(Tls, AHandshakeThatNobodyAnswersEndsWhenItIsStopped) {
   auto below = make_memory_channels();
   std::stop_source stop;
