@@ -26,6 +26,7 @@ import protocol  # noqa: F401
 import proxy  # noqa: F401
 import relays  # noqa: F401
 import scarcity  # noqa: F401
+import soak  # noqa: F401
 import tls  # noqa: F401
 import tls_client  # noqa: F401
 import tracing  # noqa: F401

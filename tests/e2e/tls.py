@@ -3,11 +3,13 @@
 there."""
 
 import os
+import random
+import socket
 
 from clients import fio, fio_errors
 from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Failure, case, check, check_equal,
                      need_program, pattern_file, run, same_contents, sparse_file)
-from nbd_client import (OPT_GO, OPT_LIST, OPT_STARTTLS, REP_ACK, REP_ERR_UNSUP, Client,
+from nbd_client import (OPT_GO, OPT_LIST, OPT_STARTTLS, REP_ACK, REP_ERR_UNSUP, Client, Closed,
                         check_still_serves)
 
 DISK_SIZE = 8 * MIB
@@ -283,6 +285,40 @@ def tls_off(test):
             check_equal(client.option(OPT_STARTTLS)[-1][0], REP_ERR_UNSUP, "reply to STARTTLS")
             check_equal(client.option(OPT_LIST)[-1][0], REP_ACK, "reply to LIST")
         check_refused(daemon.uri.replace("nbd", "nbds", 1), "tls")
+
+
+@case(loops=EVENT_LOOPS, transports=TRANSPORTS, sanitized=True)
+def nonsense_in_a_handshake_ends_one_connection_only(test):
+    """Records that are whole, cut off, or of a kind that does not belong there, in pieces of any
+    size, by somebody who need not be anybody."""
+    authority, rng = Authority(test), random.Random(7)
+    with test.serve(f"mem:{DISK_SIZE}", "--tls-creds", authority.server(test)) as daemon:
+        for _ in range(200):
+            said = b""
+            for _ in range(rng.randrange(1, 5)):
+                kind = rng.choice((0x14, 0x15, 0x16, 0x16, 0x16, 0x17, rng.randrange(256)))
+                body = rng.choice((b"", rng.randbytes(rng.randrange(1, 40)),
+                                   bytes((rng.choice((1, 2, 11, 24)), 0, 0, rng.randrange(64))) +
+                                   rng.randbytes(rng.randrange(60))))
+                length = rng.choice((len(body), len(body), rng.randrange(1 << 16)))
+                said += bytes((kind, 3, rng.randrange(1, 4))) + length.to_bytes(2, "big") + body
+            with Client(plain(daemon.uri), negotiate=False) as client:
+                client.greet()
+                check_equal(client.option(OPT_STARTTLS)[-1][0], REP_ACK, "reply to STARTTLS")
+                try:
+                    if rng.random() < 0.3:
+                        cut = rng.randrange(len(said))
+                        client.send(said[:cut])
+                        said = said[cut:]
+                    client.send(said)
+                    if rng.random() < 0.3:
+                        client.socket.shutdown(socket.SHUT_WR)
+                        client.expect_closed()
+                except (Closed, OSError):  # it was quicker
+                    pass
+            check(daemon.alive(), f"{said!r} has ended the daemon: {daemon.describe()}")
+        encrypted = with_folder(daemon.uri, authority.trust_in(test.path("trusting")))
+        check_equal(int(run("nbdinfo", "--size", encrypted).stdout), DISK_SIZE, "size afterwards")
 
 
 @case()
