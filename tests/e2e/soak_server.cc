@@ -146,6 +146,8 @@ SoakServer::SoakServer(const std::string& socket, const std::string& tls_folder,
                              .tls = nbd::TlsPolicy::kAllowed,
                              .credentials = *credentials,
                              .log = [](const std::string& line) { std::cerr << line + "\n"; }};
+  // A machine that stands still for a while is nobody's fault.
+  options.limits.handshake_timeout_ns = 600'000'000'000;
   for (unsigned i = 0; i < iothreads; ++i) {
     threads_.push_back(std::make_unique<IOThread>(named(fmt::format("iothread{}", i), pool_)));
     options.io_contexts.push_back(&threads_.back()->context());
