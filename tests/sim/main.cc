@@ -2,11 +2,12 @@
 // roost_sim_test: runs the scenarios of the runtime in a simulation, with one seed after the other.
 //
 //   roost_sim_test [--seeds N] [--first S] [--seed S] [--scenario NAME] [--trace] [--list]
-//                  [--expect-failure]
+//                  [--expect-failure] [--fresh]
 //
-// Every seed is run in two processes, each as fresh as a replay, and has to give the same hash of
-// events: nothing of it may depend on where memory lies or on time. A failure names the scenario,
-// the seed and the command that replays it.
+// Every seed is run in two processes, which take the seeds in opposite order, and has to give the
+// same hash of events: nothing of it may depend on where memory lies, on time or on the runs before
+// it (run_memory.cc). With --fresh, each run of the second process has a process of its own, as a
+// replay has. A failure names the scenario, the seed and the command that replays it.
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -31,6 +32,7 @@
 #include <vector>
 
 #include "interruptible_atomic.h"
+#include "roost/coro/coroutine.h"
 #include "scenario.h"
 
 namespace roost::sim {
@@ -47,6 +49,7 @@ struct Options {
   bool trace = false;
   bool list = false;
   bool expect_failure = false;
+  bool fresh = false;
   // For the processes it starts:
   bool child = false;
   bool downwards = false;
@@ -71,6 +74,16 @@ struct Ran {
   std::uint64_t events;
   std::int64_t time_ns;
 };
+
+Task<void> nothing() { co_return; }
+
+// A context that goes looks at all control blocks that were ever made, and they are made by the
+// batch. So each process has one from the start, whatever runs first.
+void make_control_blocks() {
+  Simulation simulation({.seed = 1});
+  const auto context = simulation.make_context("first");
+  simulation.spawn(*context, nothing(), "first");
+}
 
 Ran run(const Scenario& scenario, std::uint64_t seed, bool trace, Counters& counters) {
   SimulationOptions options{.seed = seed};
@@ -115,30 +128,36 @@ void run_and_tell(const Scenario& scenario, std::uint64_t seed, bool trace) {
   std::fflush(stdout);
 }
 
-// Each run has a process of its own, which begins like that of a replay. Which of the blocks that
-// were freed an allocation gets depends on what ran before; and where a node has the address of an
-// earlier one, a compare-and-swap succeeds that would else be tried again, which is an event more.
+// A run as a replay has it, in a process of its own. False: it failed.
+bool run_in_fresh_process(const Scenario& scenario, std::uint64_t seed, bool trace) {
+  const pid_t pid = ::fork();
+  if (pid < 0) return false;
+  if (pid == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // one that hangs goes with the process that began it
+    run_and_tell(scenario, seed, trace);
+    ::_exit(0);
+  }
+  int status = 0;
+  ::waitpid(pid, &status, 0);
+  if (WIFSIGNALED(status)) {
+    // End as it ended.
+    ::signal(WTERMSIG(status), SIG_DFL);
+    ::raise(WTERMSIG(status));
+  }
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
 int run_as_child(const Options& options) {
   const auto scenarios = all_scenarios();
   for (std::uint64_t i = 0; i < options.seeds; ++i) {
     const std::uint64_t seed = options.first + (options.downwards ? options.seeds - 1 - i : i);
     for (const Scenario& scenario : scenarios) {
       if (!options.scenario.empty() && options.scenario != scenario.name) continue;
-      const pid_t pid = ::fork();
-      if (pid < 0) return 2;
-      if (pid == 0) {
-        ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // one that hangs goes with the process that began it
+      if (!options.fresh) {
         run_and_tell(scenario, seed, options.trace);
-        ::_exit(0);
+      } else if (!run_in_fresh_process(scenario, seed, options.trace)) {
+        return 1;
       }
-      int status = 0;
-      ::waitpid(pid, &status, 0);
-      if (WIFSIGNALED(status)) {
-        // End as it ended.
-        ::signal(WTERMSIG(status), SIG_DFL);
-        ::raise(WTERMSIG(status));
-      }
-      if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) return 1;
     }
   }
   return 0;
@@ -227,6 +246,7 @@ Child start_child(const Options& options, bool downwards) {
                                  "--seeds",   std::to_string(options.seeds)};
   if (!options.scenario.empty()) words.insert(words.end(), {"--scenario", options.scenario});
   if (downwards) words.emplace_back("--downwards");
+  if (downwards && options.fresh) words.emplace_back("--fresh");
   std::vector<char*> arguments;
   for (std::string& word : words) arguments.push_back(word.data());
   arguments.push_back(nullptr);
@@ -348,7 +368,7 @@ std::uint64_t to_seed(const char* text) {
 [[noreturn]] void usage() {
   std::fprintf(stderr,
                "usage: roost_sim_test [--seeds N] [--first S] [--seed S] [--scenario NAME]\n"
-               "                      [--trace] [--list] [--expect-failure]\n"
+               "                      [--trace] [--list] [--expect-failure] [--fresh]\n"
                "S is a number, or any text (a commit) that is made into one.\n");
   std::exit(2);
 }
@@ -373,6 +393,8 @@ Options parse(int argc, char** argv) {
       options.list = true;
     } else if (word == "--expect-failure") {
       options.expect_failure = true;
+    } else if (word == "--fresh") {
+      options.fresh = true;
     } else if (word == "--child") {
       options.child = true;
     } else if (word == "--downwards") {
@@ -392,6 +414,7 @@ int main(int argc, char** argv) {
     }
     return 0;
   }
+  make_control_blocks();
   if (options.child) return run_as_child(options);
   if (options.single) return replay(options);
   return run_in_two_processes(options);

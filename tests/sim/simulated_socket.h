@@ -29,6 +29,7 @@ class SimulatedSocket final : public SocketChannel {
   }
 
   void abort() noexcept override { simulation_.shut_down(fd()); }
+  bool can_send_files() const noexcept override { return false; }
   Task<void> linger(std::int64_t, std::stop_token) override { co_return; }
 
  private:
