@@ -357,9 +357,12 @@ void TlsChannel::learn_about_peer() {
   protocol_ =
       fmt::format("{} {}", ::gnutls_protocol_get_name(::gnutls_protocol_get_version(session)),
                   ::gnutls_cipher_get_name(::gnutls_cipher_get(session)));
-  if (const char* const name = ::gnutls_psk_server_get_username(session)) {
-    peer_name_ = name;
-    return;
+  // With a key, only the client has a name. On a client, GnuTLS reads one that TLS 1.2 left null.
+  if (credentials_->loaded_->options.role == TlsRole::kServer) {
+    if (const char* const name = ::gnutls_psk_server_get_username(session)) {
+      peer_name_ = name;
+      return;
+    }
   }
   unsigned count = 0;
   const gnutls_datum_t* const chain = ::gnutls_certificate_get_peers(session, &count);

@@ -57,6 +57,17 @@ TEST_F(Tls, KnowsWhoHasWhichPreSharedKey) {
   EXPECT_EQ((**server_)->peer_name(), "bob");
 }
 
+TEST_F(Tls, APreSharedKeyDoesForTls12Too) {
+  const std::string old = "NORMAL:-VERS-ALL:+VERS-TLS1.2";
+  shake({.psk_file = certificates_.psk(), .priority = old},
+        {.psk_file = certificates_.psk(), .psk_username = "bob", .priority = old});
+  ASSERT_TRUE(*server_) << server_->error().message();
+  ASSERT_TRUE(*client_) << client_->error().message();
+  EXPECT_EQ((**server_)->peer_name(), "bob");
+  EXPECT_EQ((**client_)->peer_name(), "");
+  EXPECT_TRUE((**client_)->protocol().starts_with("TLS1.2 ")) << (**client_)->protocol();
+}
+
 TEST_F(Tls, AWrongPreSharedKeyIsRefused) {
   const TestCertificates others;
   std::ofstream(others.psk()) << "bob:0123456789abcdef0123456789abcdef\n";
