@@ -8,8 +8,8 @@
 // bytes of records differ from run to run, but not their kind, length and order.
 //
 // What must hold: the run ends; what our end reads is what the peer wrote, from its beginning and
-// without a gap; it sees the end of the stream only where the peer ended TLS; errors name the
-// peer; and where nobody tampered with anything, everything arrives.
+// without a gap; it sees the end of the stream only where the peer ended TLS, and after everything
+// it wrote; errors name the peer; and where nobody tampered with anything, everything arrives.
 #include <fmt/format.h>
 #include <gnutls/gnutls.h>
 #include <sys/mman.h>
@@ -35,8 +35,10 @@
 namespace roost {
 namespace {
 
-constexpr std::size_t kHeader = 5;  // of a record
+constexpr std::size_t kHeader = 5;       // of a record
+constexpr std::size_t kWire = 64 << 10;  // kept small: it is cleared for each input
 constexpr unsigned kMaxActions = 24;
+constexpr unsigned kMaxNewKeys = 8;  // GnuTLS takes no more of them within a second
 constexpr std::array<unsigned char, 16> kKey{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
 constexpr const char* kKeyLine = "fuzz:0102030405060708090a0b0c0d0e0f10\n";
 
@@ -158,7 +160,7 @@ Task<void> collect(Channel& from, std::vector<std::byte>& to, bool& ended) {
   ended = true;
 }
 
-Task<void> send(Channel& to, std::vector<std::byte> bytes, bool& sent) {
+Task<void> send(Channel& to, std::span<const std::byte> bytes, bool& sent) {
   (void)co_await to.write_full(bytes);
   sent = true;
 }
@@ -171,7 +173,7 @@ class Run {
     const std::uint8_t kind = next();
     client_ = kind & 1;
     old_ = kind & 2;
-    auto [upper, lower] = make_memory_channels(1 << 20);
+    auto [upper, lower] = make_memory_channels(kWire);
     wire_ = std::move(lower);
     spawn(*shared_.context,
           be_subject(subject_, std::move(upper), shared_.credentials[client_][old_]), "subject");
@@ -179,8 +181,7 @@ class Run {
     settle();
     if (kind & 4) {
       touched_ = true;
-      const auto rest = std::as_bytes(input_);
-      deliver(std::vector<std::byte>(rest.begin(), rest.end()));
+      deliver(std::as_bytes(input_));
     } else {
       begin_peer();
       talk();
@@ -203,15 +204,25 @@ class Run {
     }
   }
 
-  void deliver(std::vector<std::byte> bytes) {
-    if (cut_ || bytes.empty()) return;
-    bool sent = false;
-    spawn(*shared_.context, send(*wire_, std::move(bytes), sent), "sending");
-    settle();
-    ROOST_CHECK(sent, "our end does not take what is sent");
+  void deliver(std::span<const std::byte> bytes) {
+    // Our end has taken what came before, or takes nothing any more.
+    std::vector<std::byte> all = std::exchange(waiting_, {});
+    if (!all.empty()) {
+      all.insert(all.end(), bytes.begin(), bytes.end());
+      bytes = all;
+    }
+    while (!bytes.empty() && !cut_ && !subject_.ended) {
+      const auto piece = bytes.first(std::min(bytes.size(), kWire));
+      bytes = bytes.subspan(piece.size());
+      bool sent = false;
+      spawn(*shared_.context, send(*wire_, piece, sent), "sending");
+      settle();
+      ROOST_CHECK(sent, "our end does not take what is sent");
+    }
   }
 
   void cut() {
+    deliver({});
     if (std::exchange(cut_, true)) return;
     bool done = false;
     spawn(*shared_.context, end_wire(*wire_, done), "ending");
@@ -267,6 +278,7 @@ class Run {
       shaken = code == GNUTLS_E_SUCCESS;
       if (code != GNUTLS_E_AGAIN && code < 0 && ::gnutls_error_is_fatal(code)) break;
       forward();
+      deliver({});  // an answer may be wanted
     }
     if (!shaken) {
       ROOST_CHECK(touched_, "no handshake although nobody tampered with it: {}", subject_.error);
@@ -277,9 +289,22 @@ class Run {
       forward();
       hear();
     }
-    if (!bye_ && ::gnutls_bye(peer_, GNUTLS_SHUT_WR) >= 0) bye_ = true;
+    if (!bye_) said_bye(::gnutls_bye(peer_, GNUTLS_SHUT_WR));
     forward();
     release_held();
+  }
+
+  // The next record is the one that ends TLS.
+  void said_bye(int code) {
+    if (code >= 0) bye_ = bye_next_ = true;
+  }
+
+  void alert(gnutls_alert_level_t level) {
+    touched_ = true;
+    const std::uint8_t what = next();
+    const int code =
+        ::gnutls_alert_send(peer_, level, static_cast<gnutls_alert_description_t>(what));
+    if (what == GNUTLS_A_CLOSE_NOTIFY) said_bye(code);
   }
 
   void act() {
@@ -302,21 +327,18 @@ class Run {
           touched_ = true;
           (void)(client_ ? ::gnutls_rehandshake(peer_) : ::gnutls_handshake(peer_));
         } else {
+          if (++new_keys_ > kMaxNewKeys) touched_ = true;
           (void)::gnutls_session_key_update(peer_, next() & 1 ? GNUTLS_KU_PEER : 0);
         }
         break;
       case 4:
-        touched_ = true;
-        (void)::gnutls_alert_send(peer_, GNUTLS_AL_WARNING,
-                                  static_cast<gnutls_alert_description_t>(next()));
+        alert(GNUTLS_AL_WARNING);
         break;
       case 5:
-        touched_ = true;
-        (void)::gnutls_alert_send(peer_, GNUTLS_AL_FATAL,
-                                  static_cast<gnutls_alert_description_t>(next()));
+        alert(GNUTLS_AL_FATAL);
         break;
       case 6:
-        if (::gnutls_bye(peer_, GNUTLS_SHUT_WR) >= 0) bye_ = true;
+        said_bye(::gnutls_bye(peer_, GNUTLS_SHUT_WR));
         break;
       case 7:
         if (subject_.channel && !subject_.ended && !subject_.writing) {
@@ -364,8 +386,15 @@ class Run {
 
   void tamper(std::vector<std::byte> record) {
     const std::uint8_t what = next();
-    if (what < 0xc0) {
-      deliver(std::move(record));
+    const bool bye = std::exchange(bye_next_, false);
+    const bool lost = cut_ || (what >= 0xc0 && (what % 8 == 1 || what % 8 == 4));
+    if (bye && lost) bye_lost_ = true;
+    if (what >= 0x80 && what < 0xc0) {  // in one piece with what follows
+      waiting_.insert(waiting_.end(), record.begin(), record.end());
+      return;
+    }
+    if (what < 0x80) {
+      deliver(record);
       release_held();
       return;
     }
@@ -374,17 +403,17 @@ class Run {
       case 0: {  // other bits
         const std::size_t at = (next() + 256 * std::size_t{next()}) % record.size();
         record[at] ^= static_cast<std::byte>(1 << next() % 8);
-        deliver(std::move(record));
+        deliver(record);
         break;
       }
       case 1:  // only its beginning, and the end of everything
         record.resize(next() % record.size());
-        deliver(std::move(record));
+        deliver(record);
         cut();
         break;
       case 2:  // twice
         deliver(record);
-        deliver(std::move(record));
+        deliver(record);
         break;
       case 3:  // later
         held_.insert(held_.end(), record.begin(), record.end());
@@ -398,20 +427,20 @@ class Run {
         other[2] = std::byte{3};
         other[3] = std::byte{0};
         other[4] = static_cast<std::byte>(other.size() - kHeader);
-        deliver(std::move(other));
-        deliver(std::move(record));
+        deliver(other);
+        deliver(record);
         break;
       }
       case 6:  // shorter, with a length that says so
         record.resize(kHeader + next() % (record.size() - kHeader + 1));
         record[3] = static_cast<std::byte>((record.size() - kHeader) >> 8);
         record[4] = static_cast<std::byte>(record.size() - kHeader);
-        deliver(std::move(record));
+        deliver(record);
         break;
       default: {  // as it is, in two pieces
-        const auto half = record.begin() + static_cast<std::ptrdiff_t>(next() % record.size());
-        deliver(std::vector<std::byte>(record.begin(), half));
-        deliver(std::vector<std::byte>(half, record.end()));
+        const auto half = record.cbegin() + static_cast<std::ptrdiff_t>(next() % record.size());
+        deliver(std::span(record.cbegin(), half));
+        deliver(std::span(half, record.cend()));
         break;
       }
     }
@@ -424,7 +453,10 @@ class Run {
     ROOST_CHECK(subject_.ended, "our end waits for more than the end of the stream");
     ROOST_CHECK(!subject_.writing, "our end still writes");
     ROOST_CHECK(subject_.read <= sent_, "{} bytes are read of {}", subject_.read, sent_);
-    if (subject_.saw_end) ROOST_CHECK(bye_, "an end of TLS that the peer did not send");
+    if (subject_.saw_end) {
+      ROOST_CHECK(bye_ && !bye_lost_, "an end of TLS that the peer did not send");
+      ROOST_CHECK(subject_.read == sent_, "an end after {} of {} bytes", subject_.read, sent_);
+    }
     if (!subject_.saw_end) {
       ROOST_CHECK(subject_.error.find(subject_.name) != std::string::npos,
                   "an error does not name the peer '{}': {}", subject_.name, subject_.error);
@@ -453,10 +485,14 @@ class Run {
   bool collected_ = false;
   gnutls_session_t peer_ = nullptr;
   std::vector<std::byte> from_peer_;
-  std::vector<std::byte> held_;
-  std::size_t sent_ = 0;   // by the peer
-  std::size_t heard_ = 0;  // of what our end wrote
+  std::vector<std::byte> held_;     // for later than what follows
+  std::vector<std::byte> waiting_;  // for what follows
+  std::size_t sent_ = 0;            // by the peer
+  std::size_t heard_ = 0;           // of what our end wrote
+  unsigned new_keys_ = 0;
   bool bye_ = false;
+  bool bye_next_ = false;
+  bool bye_lost_ = false;
   bool touched_ = false;  // the peer need not get through
   bool cut_ = false;
 };
