@@ -32,7 +32,7 @@ constexpr unsigned kMaxReaped = 256;
 
 // Sends and receives that one iteration may make at once before they have to queue, so that a
 // coroutine whose sends never block does not keep the loop to itself.
-constexpr unsigned kMaxImmediate = 64;
+constexpr unsigned kMaxImmediateInRow = 64;
 
 // Linux 6.1, and what Linux 5.19 has of it. (Also from 5.19: cancelling everything at once.)
 constexpr unsigned kSetupFlags[] = {
@@ -131,7 +131,7 @@ class IoUringBackEnd final : public BackEnd {
   // within the call that submits them.
   bool try_now(IoRequest& request) override {
     if (request.op != IoRequest::Op::kSendMsg && !request.likely) return false;
-    if (immediate_ >= kMaxImmediate) return false;
+    if (immediate_ >= kMaxImmediateInRow) return false;
     request.result = request.execute(true);
     if (request.result == -EAGAIN) return false;
     ++immediate_;
