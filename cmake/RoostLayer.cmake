@@ -27,15 +27,15 @@ function(roost_add_layer name)
     PUBLIC ${ARG_DEPENDS}
     PRIVATE $<BUILD_INTERFACE:roost_options> ${ARG_PRIVATE_DEPENDS})
   set_property(GLOBAL APPEND PROPERTY ROOST_LAYERS roost_${name})
-  roost_unite(roost_${name})
+  # Builds without it show that each source has what it needs by itself.
+  if(ROOST_UNITY)
+    roost_unite(roost_${name})
+  endif()
 endfunction()
 
-# roost_unite(TARGET): with ROOST_UNITY, its sources are compiled a layer at a time. Their headers are
-# then read once, which is most of the work. Each source by itself is what other builds compile.
+# roost_unite(TARGET): its sources are compiled a layer at a time. Their headers are then read once,
+# which is most of the work.
 function(roost_unite target)
-  if(NOT ROOST_UNITY)
-    return()
-  endif()
   set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
   get_target_property(sources ${target} SOURCES)
   foreach(source IN LISTS sources)
