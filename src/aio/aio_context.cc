@@ -639,7 +639,7 @@ bool AioContext::wait(std::int64_t timeout_ns) {
   if (timeout_ns == 0) return poll_now();
 
   const std::int64_t start = clock().now_ns();
-  if (spin_ns_ > 0 && poll_budget_.may_spin()) {
+  if (waits_busily()) {
     const std::int64_t limit = timeout_ns < 0 ? spin_ns_ : std::min(spin_ns_, timeout_ns);
     io.flush();
     if (poll_hooks_ > 0 && holds_ == Lock::kNo) take_lock();
@@ -704,6 +704,7 @@ bool AioContext::spin(std::int64_t limit_ns) {
       if (inbox_.has_entries() || back_end_->ready()) return true;
       RealPlatform::cpu_relax();
     }
+    if (back_end_->try_held()) return true;
     if (holds_ == Lock::kHeld && lock_.wanted()) let_others_have_lock();
     if (poll_hooks_ > 0) {
       for (auto& [fd, watch] : watches_) {
@@ -719,7 +720,7 @@ bool AioContext::spin(std::int64_t limit_ns) {
         // Somebody else ran: the CPU is wanted, and waiting busily would only delay them. Try
         // again after a number of sleeps that grows as long as this goes on.
         spin_ns_ = 0;
-        spin_penalty_ = std::min(std::max(spin_penalty_ * 2, 16u), kMaxSpinPenalty);
+        spin_penalty_ = std::min(std::max(spin_penalty_ * 2, 1u), kMaxSpinPenalty);
         spin_holdoff_ = spin_penalty_;
         return inbox_.has_entries() || back_end_->ready();
       }

@@ -125,6 +125,7 @@ class EpollBackEnd final : public BackEnd {
         break;
       case kNotTried:  // it is told when its turn comes
       case kHasEnded:
+      case kHeld:
       case kInRing:
       case kPolledInRing:
         break;

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
@@ -27,6 +28,8 @@
 #include "aio/test_loop.h"
 #include "base/test_build.h"
 #include "roost/aio/bottom_half.h"
+#include "roost/aio/poll_budget.h"
+#include "roost/aio/timer.h"
 #include "roost/aio/unique_fd.h"
 
 namespace roost {
@@ -416,6 +419,119 @@ TEST_P(IoOnSockets, ReceiveAndSendOnTheSameDescriptorAtOnceUnix) { exchange(unix
 TEST_P(IoOnSockets, ReceiveAndSendOnTheSameDescriptorAtOnceTcp) { exchange(tcp_pair()); }
 
 TEST_P(IoOnSockets, NonBlockingSocketsAreWaitedForAsWell) { exchange(unix_pair(SOCK_NONBLOCK)); }
+
+// A context that has just found busy waiting to pay: a receive is then tried by the busy wait
+// itself.
+class IoWhileBusilyWaiting : public IoOnSockets {
+ protected:
+  AioContextOptions loop_options() override {
+    AioContextOptions o = IoOnSockets::loop_options();
+    o.poll_max_ns = 1'000'000'000;  // whatever the peer takes, it pays
+    o.poll_budget = &budget_;
+    return o;
+  }
+
+  void SetUp() override {
+    IoOnSockets::SetUp();
+    if (!IsSkipped()) make_busy_waiting_pay();
+  }
+
+  Connection connection_ = unix_pair();
+
+ private:
+  // Messages to and fro with a thread that answers each.
+  void make_busy_waiting_pay() {
+    const Connection c = unix_pair();
+    std::thread peer([&] {
+      char byte = 0;
+      while (::recv(c.far.get(), &byte, 1, 0) == 1) ::send(c.far.get(), &byte, 1, 0);
+    });
+    const auto ask = [&]() -> Task<void> {
+      std::array<std::byte, 10> answer{};
+      for (int i = 0; i < 1000 && !(i > 20 && context().waits_busily()); ++i) {
+        EXPECT_EQ(::send(c.near.get(), "?", 1, 0), 1);
+        EXPECT_EQ(co_await io_recv(c.near.get(), answer), 1);
+      }
+    };
+    run(ask);
+    ::shutdown(c.near.get(), SHUT_RDWR);
+    peer.join();
+    ASSERT_TRUE(context().waits_busily());
+  }
+
+  PollBudget budget_{1000};
+};
+ROOST_ON_EACH_LOOP(IoWhileBusilyWaiting);
+
+TEST_P(IoWhileBusilyWaiting, AReceiveThatIsStoppedTakesNothing) {
+  std::array<std::byte, 10> buffer{};
+  std::stop_source stop;
+  std::int64_t got = 0;
+  const auto body = [&]() -> Task<void> {
+    got = co_await io_recv(connection_.near.get(), buffer, 0, stop.get_token());
+  };
+  Coroutine::create(body())->enter();
+  stop.request_stop();
+  poll_until([&] { return got != 0; });
+  EXPECT_EQ(got, -ECANCELED);
+  ASSERT_EQ(::send(connection_.far.get(), "here", 4, 0), 4);
+  const auto again = [&]() -> Task<void> {
+    got = co_await io_recv(connection_.near.get(), buffer);
+  };
+  run(again);
+  EXPECT_EQ(got, 4);
+}
+
+TEST_P(IoWhileBusilyWaiting, SeveralReceivesWaitAtOnce) {
+  const Connection second = unix_pair();
+  const Connection third = unix_pair();
+  std::array<std::array<std::byte, 10>, 3> buffers{};
+  std::array<std::int64_t, 3> got{};
+  const std::array fds{connection_.near.get(), second.near.get(), third.near.get()};
+  const auto body = [&](std::size_t i) -> Task<void> {
+    got[i] = co_await io_recv(fds[i], buffers[i]);
+  };
+  for (std::size_t i = 0; i < fds.size(); ++i) Coroutine::create(body(i))->enter();
+  for (const Connection* one : {&third, &second, static_cast<const Connection*>(&connection_)}) {
+    const auto before = std::ranges::count(got, 0);
+    ASSERT_EQ(::send(one->far.get(), "!", 1, 0), 1);
+    poll_until([&] { return std::ranges::count(got, 0) < before; });
+    EXPECT_EQ(std::ranges::count(got, 0), before - 1);
+  }
+}
+
+// Who never waits, busily or not, is told all the same.
+TEST_P(IoWhileBusilyWaiting, AReceiveEndsThoughTheLoopOnlyPolls) {
+  std::array<std::byte, 10> buffer{};
+  std::int64_t got = 0;
+  const auto body = [&]() -> Task<void> { got = co_await io_recv(connection_.near.get(), buffer); };
+  Coroutine::create(body())->enter();
+  ASSERT_EQ(::send(connection_.far.get(), "!", 1, 0), 1);
+  for (int i = 0; i < 1000 && got == 0; ++i) context().poll(false);
+  EXPECT_EQ(got, 1);
+}
+
+// And it goes to sleep with the context.
+TEST_P(IoWhileBusilyWaiting, AReceiveEndsTheSleepThatComesAfterTheBusyWait) {
+  std::array<std::byte, 10> buffer{};
+  std::int64_t got = 0;
+  const auto body = [&]() -> Task<void> { got = co_await io_recv(connection_.near.get(), buffer); };
+  Coroutine::create(body())->enter();
+  // Later than what a busy wait has most often grown to.
+  std::atomic<bool> later = false;
+  std::thread peer([&] {
+    later.wait(false);
+    EXPECT_EQ(::send(connection_.far.get(), "!", 1, 0), 1);
+  });
+  Timer timer(context(), [&] {
+    later = true;
+    later.notify_one();
+  });
+  timer.arm_after(50'000'000);
+  poll_until([&] { return got != 0; });
+  peer.join();
+  EXPECT_EQ(got, 1);
+}
 
 TEST_P(IoOnSockets, HundredsOfConnectionsAtOnce) {
   constexpr int kConnections = 200;

@@ -34,6 +34,9 @@ constexpr unsigned kMaxReaped = 256;
 // coroutine whose sends never block does not keep the loop to itself.
 constexpr unsigned kMaxImmediateInRow = 64;
 
+// Iterations that a held receive may wait for the busy wait that was expected.
+constexpr unsigned kMaxHeldPolls = 2;
+
 // Linux 6.1, and what Linux 5.19 has of it. (Also from 5.19: cancelling everything at once.)
 constexpr unsigned kSetupFlags[] = {
     IORING_SETUP_CQSIZE | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
@@ -94,6 +97,9 @@ class IoUringBackEnd final : public BackEnd {
 
   bool poll(std::int64_t timeout_ns) override {
     immediate_ = 0;
+    if (held_ && (timeout_ns != 0 || ++held_polls_ > kMaxHeldPolls)) {
+      put_into_ring(*std::exchange(held_, nullptr));
+    }
     files_->flush();
     if (timeout_ns == 0 || io_uring_cq_ready(&ring_) > 0 || requests_.some_have_ended()) {
       flush();
@@ -125,6 +131,17 @@ class IoUringBackEnd final : public BackEnd {
            (kernel_flags() & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
   }
 
+  // While the context busily waits for one message after the other, the next is received by a call
+  // that is made again and again: the kernel need not watch the socket, nor the sender wake
+  // anybody, nor this thread ask what came of it.
+  bool try_held() noexcept override {
+    if (!held_) return false;
+    const std::int64_t result = held_->execute(true);
+    if (result == -EAGAIN) return false;
+    requests_.end_later(*std::exchange(held_, nullptr), result);
+    return true;
+  }
+
   // A send most often finds room, and is alone: tried at once it costs one system call, as it would
   // through the ring, and neither a submission nor a completion nor a turn of the loop. So does a
   // receive of what is there. Reads share one call: those of what is in the page cache complete
@@ -140,6 +157,13 @@ class IoUringBackEnd final : public BackEnd {
 
   void start(IoRequest& request) override {
     requests_.started();
+    if (request.op == IoRequest::Op::kRecv && request.flags == 0 && !held_ &&
+        context_.waits_busily()) {
+      request.stage = kHeld;
+      held_ = &request;
+      held_polls_ = 0;
+      return;
+    }
     if (files_in_ring_ ? request.for_pool_only() : request.on_file()) {
       files_->start(request);
     } else {
@@ -154,6 +178,9 @@ class IoUringBackEnd final : public BackEnd {
       io_uring_sqe* sqe = next_sqe();
       io_uring_prep_cancel64(sqe, reinterpret_cast<std::uint64_t>(&request) | kRequest, 0);
       io_uring_sqe_set_data64(sqe, kNobody);
+    } else if (request.stage == kHeld) {
+      held_ = nullptr;
+      requests_.end_later(request, -ECANCELED);
     } else if (request.stage == kInPool || request.stage == kInLinuxAio) {
       files_->cancel(request);
     }
@@ -361,7 +388,9 @@ class IoUringBackEnd final : public BackEnd {
   io_uring ring_{};
   unsigned outstanding_ = 0;  // completions to come, for the destructor
   Requests requests_;
-  unsigned immediate_ = 0;  // sends and receives that this iteration has made at once
+  IoRequest* held_ = nullptr;  // a receive
+  unsigned held_polls_ = 0;    // iterations since it came
+  unsigned immediate_ = 0;     // sends and receives that this iteration has made at once
   bool closing_ = false;
   const bool files_in_ring_;
   std::optional<FileEngines> files_;  // null once the back end goes

@@ -54,6 +54,7 @@ class RequestList {
 enum Stage : std::uint8_t {
   kNotTried = 1,  // epoll: tried when its turn comes in the next iteration
   kWaiting,       // epoll: for its descriptor to become ready
+  kHeld,          // io_uring: a busy wait tries it itself
   kInRing,        // io_uring has it
   kPolledInRing,  // io_uring watches its descriptor, and gets the operation after that
   kInPool,        // a job of the thread pool

@@ -167,6 +167,8 @@ std::unique_ptr<SimulatedDevice> make_simulated_disk(Simulation& simulation, int
                                                      std::size_t size,
                                                      const SimulatedDiskOptions& options);
 void crash_simulated_disk(SimulatedDevice& disk);
+std::unique_ptr<SimulatedDevice> take_over_simulated_disk(Simulation& simulation, int fd,
+                                                          SimulatedDevice& from, bool power_lost);
 void fail_next_on_simulated_disk(SimulatedDevice& disk, IoRequest::Op op, int error);
 std::span<const std::byte> simulated_disk_contents(const SimulatedDevice& disk);
 

@@ -33,6 +33,16 @@ class Disk final : public SimulatedDevice {
         durable_(size),
         written_(sectors(size)) {}
 
+  // The same disk, as the next one who opens it finds it.
+  Disk(Simulation& simulation, int fd, const Disk& before)
+      : SimulatedDevice(simulation, fd),
+        options_(before.options_),
+        now_(before.now_),
+        durable_(before.durable_),
+        cached_(before.cached_),
+        written_(before.written_),
+        next_write_(before.next_write_) {}
+
   const char* kind() const noexcept override { return "disk"; }
 
   // A read may find everything in the page cache, a write room there; a sync waits.
@@ -72,10 +82,17 @@ class Disk final : public SimulatedDevice {
     return text;
   }
 
+  // From now on it is nobody's: what is in flight may have been carried out.
+  void take_away() {
+    for (const Started& started : in_flight_) {
+      if (random().one_in(2)) (void)execute(*started.request, 0);
+    }
+    fail_in_flight();
+    taken_away_ = true;
+  }
+
   void crash() {
-    power_ = std::make_shared<const bool>(true);
-    for (const Started& started : in_flight_) started.by->complete(*started.request, -EIO);
-    in_flight_.clear();
+    fail_in_flight();
     // What lay in the cache may have got to the medium, in any order but that of one sector.
     for (const Write& write : cached_) {
       for (std::size_t done = 0; done < write.bytes.size();) {
@@ -102,6 +119,12 @@ class Disk final : public SimulatedDevice {
     std::vector<std::byte> bytes;
   };
 
+  void fail_in_flight() {
+    power_ = std::make_shared<const bool>(true);
+    for (const Started& started : in_flight_) started.by->complete(*started.request, -EIO);
+    in_flight_.clear();
+  }
+
   static std::size_t sectors(std::size_t bytes) { return (bytes + kSector - 1) / kSector; }
 
   static void put(std::vector<std::byte>& medium, std::size_t offset,
@@ -111,6 +134,7 @@ class Disk final : public SimulatedDevice {
   }
 
   std::int64_t execute(const IoRequest& request, std::uint64_t covers) {
+    if (taken_away_) return -EIO;
     const auto failure =
         std::ranges::find(failures_, request.op, [](const auto& f) { return f.first; });
     if (failure != failures_.end()) {
@@ -251,6 +275,7 @@ class Disk final : public SimulatedDevice {
   std::deque<Write> cached_;        // the difference, oldest first
   std::vector<bool> written_;       // sectors that are no holes
   std::uint64_t next_write_ = 0;
+  bool taken_away_ = false;  // nothing gets to it any more
   std::shared_ptr<const bool> power_ = std::make_shared<const bool>(true);  // anew with each crash
   std::list<Started> in_flight_;
   std::deque<std::pair<IoRequest::Op, int>> failures_;
@@ -271,6 +296,14 @@ std::unique_ptr<SimulatedDevice> make_simulated_disk(Simulation& simulation, int
 }
 
 void crash_simulated_disk(SimulatedDevice& disk) { as_disk(disk).crash(); }
+
+std::unique_ptr<SimulatedDevice> take_over_simulated_disk(Simulation& simulation, int fd,
+                                                          SimulatedDevice& from, bool power_lost) {
+  Disk& before = as_disk(from);
+  before.take_away();
+  if (power_lost) before.crash();
+  return std::make_unique<Disk>(simulation, fd, before);
+}
 
 void fail_next_on_simulated_disk(SimulatedDevice& disk, IoRequest::Op op, int error) {
   as_disk(disk).fail_next(op, error);

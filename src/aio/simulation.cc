@@ -381,6 +381,13 @@ std::int64_t Simulation::receive_now(int fd, std::span<std::byte> buffer) {
 
 void Simulation::crash_disk(int fd) { crash_simulated_disk(device(fd, "crash_disk()")); }
 
+int Simulation::take_disk_over(int fd, bool power_lost) {
+  const int next = next_fd_++;
+  devices_[next] =
+      take_over_simulated_disk(*this, next, device(fd, "take_disk_over()"), power_lost);
+  return next;
+}
+
 void Simulation::fail_next(int fd, IoRequest::Op op, int error) {
   fail_next_on_simulated_disk(device(fd, "fail_next()"), op, error);
 }

@@ -404,6 +404,58 @@ TEST(Simulation, WhatIsInFlightWhenPowerIsLostFails) {
   EXPECT_EQ(result, -EIO);
 }
 
+TEST(Simulation, ADiskThatIsTakenOverKeepsItsCacheUnlessPowerIsLost) {
+  int gone = 0;
+  for (std::uint64_t seed = 0; seed < 10; ++seed) {
+    for (const bool power_lost : {false, true}) {
+      Simulation simulation({.seed = seed});
+      auto a = simulation.make_context("a");
+      const int disk = simulation.make_disk(4096, kWholeTransfers);
+      std::int64_t result = 0;
+      simulation.spawn(*a, write_at(disk, 0, std::vector(512, std::byte{1}), true, &result), "w");
+      simulation.run();
+      simulation.spawn(*a, write_at(disk, 512, std::vector(512, std::byte{2}), false, &result),
+                       "w");
+      simulation.run();
+      ASSERT_EQ(result, 512);
+      const int next = simulation.take_disk_over(disk, power_lost);
+      EXPECT_EQ(simulation.disk_contents(next)[0], std::byte{1});
+      const bool there = simulation.disk_contents(next)[512] == std::byte{2};
+      EXPECT_TRUE(there || power_lost);
+      if (!there) ++gone;
+      // Who had it cannot reach it any more; the next one can.
+      simulation.spawn(*a, write_at(disk, 0, std::vector(512, std::byte{3}), false, &result), "w");
+      simulation.run();
+      EXPECT_EQ(result, -EIO);
+      EXPECT_EQ(simulation.disk_contents(next)[0], std::byte{1});
+      simulation.spawn(*a, write_at(next, 0, std::vector(512, std::byte{4}), true, &result), "w");
+      simulation.run();
+      EXPECT_EQ(result, 512);
+      simulation.close(disk);
+      simulation.close(next);
+    }
+  }
+  EXPECT_GT(gone, 0);
+}
+
+TEST(Simulation, WhatIsInFlightWhenADiskIsTakenOverFailsAndMayBeDone) {
+  int done = 0;
+  for (std::uint64_t seed = 0; seed < 10; ++seed) {
+    Simulation simulation({.seed = seed});
+    auto a = simulation.make_context("a");
+    const int disk = simulation.make_disk(
+        4096, {.min_delay_ns = 1'000'000, .max_delay_ns = 1'000'000, .short_one_in = 0});
+    std::int64_t result = 0;
+    int next = -1;
+    simulation.spawn(*a, write_at(disk, 0, std::vector(512, std::byte{1}), true, &result), "w");
+    simulation.after(500'000, [&] { next = simulation.take_disk_over(disk, false); });
+    simulation.run();
+    if (result == -EIO) done += simulation.disk_contents(next)[0] == std::byte{1};
+  }
+  EXPECT_GT(done, 0);
+  EXPECT_LT(done, 10);
+}
+
 // ---- Misuse and dead ends
 
 using SimulationDeathTest = testing::Test;

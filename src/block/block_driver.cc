@@ -11,6 +11,10 @@ Task<Result<std::vector<Extent>>> BlockDriver::block_status(std::uint64_t, std::
   co_return std::vector<Extent>(1, Extent{.length = length, .hole = false, .zero = false});
 }
 
+std::optional<FileLocation> BlockDriver::in_page_cache(std::uint64_t, std::uint64_t) {
+  return std::nullopt;
+}
+
 Task<Result<void>> BlockDriver::cache(std::uint64_t, std::uint64_t) { co_return Result<void>(); }
 
 Task<Result<void>> BlockDriver::resize(std::uint64_t) {

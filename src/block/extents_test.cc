@@ -628,5 +628,38 @@ TEST(SimulatedDisks, WhatIsSaidOfARangeIsTrueOfItsBytesAfterALossOfPower) {
   EXPECT_GT(holes, 100);
 }
 
+class DiskCache : public DiskTest {};
+ROOST_ON_EACH_LOOP(DiskCache);
+
+TEST_P(DiskCache, SaysWhereAFileHoldsWhatIsInMemory) {
+  const auto disk = make_file(16 * kBlock);
+  ASSERT_TRUE(write(*disk, 2 * kBlock, pattern(2 * kBlock)));
+  const auto place = disk->in_page_cache(2 * kBlock + 100, kBlock);
+  if (!place) GTEST_SKIP() << "this kernel does not say what is in the page cache";
+  Bytes there(kBlock);
+  ASSERT_EQ(::pread(place->fd, there.data(), there.size(), static_cast<off_t>(place->offset)),
+            static_cast<ssize_t>(there.size()));
+  Bytes read(kBlock);
+  ASSERT_TRUE(wait(disk->read(2 * kBlock + 100, read)));
+  EXPECT_EQ(there, read);
+
+  // A hole, the edge of one, and what nobody has read.
+  EXPECT_FALSE(disk->in_page_cache(8 * kBlock, kBlock));
+  EXPECT_FALSE(disk->in_page_cache(3 * kBlock, 2 * kBlock));
+  ASSERT_TRUE(wait(disk->flush()));
+  ASSERT_EQ(::posix_fadvise(place->fd, 0, 0, POSIX_FADV_DONTNEED), 0);
+  EXPECT_FALSE(disk->in_page_cache(2 * kBlock, kBlock));
+}
+
+TEST_P(DiskCache, IsNotAskedOfADiskThatGoesPastIt) {
+  {
+    const auto disk = make_file(16 * kBlock);
+    ASSERT_TRUE(write(*disk, 0, pattern(16 * kBlock)));
+  }
+  const auto disk = open_file(path("disk"), {.direct = true});
+  if (!disk) GTEST_SKIP() << disk.error().message();
+  EXPECT_FALSE((*disk)->in_page_cache(0, kBlock));
+}
+
 }  // namespace
 }  // namespace roost

@@ -9,6 +9,7 @@
 #include <linux/fs.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -33,6 +34,29 @@ namespace {
 constexpr std::size_t kZeroChunk = 1 << 20;
 constexpr std::size_t kBounceSize = 1 << 20;  // at least two blocks
 constexpr std::size_t kExtentsAtOnce = 1024;  // a worker looks for them some microseconds each
+
+// Whether the range lies in the page cache: cachestat(2) of Linux 6.5, which the C library does not
+// know. A page that is being read counts: whoever uses it waits for it.
+bool all_in_page_cache(int fd, std::uint64_t offset, std::uint64_t length) noexcept {
+  struct Range {
+    std::uint64_t offset;
+    std::uint64_t length;
+  };
+  struct Counts {
+    std::uint64_t cached;
+    std::uint64_t dirty;
+    std::uint64_t under_writeback;
+    std::uint64_t evicted;
+    std::uint64_t recently_evicted;
+  };
+  constexpr long kCachestat = 451;
+  static const auto page_size = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  Range range{offset, length};
+  Counts counts{};
+  if (::syscall(kCachestat, fd, &range, &counts, 0U) < 0) return false;
+  const std::uint64_t pages = (offset + length - 1) / page_size - offset / page_size + 1;
+  return counts.cached == pages;
+}
 
 // What a short write left to do.
 class RemainingBuffers {
@@ -245,6 +269,11 @@ class FileDisk final : public BlockDriver {
     }
     if (largest > 0) known_data_.learn(largest_at, largest, generation);
     co_return extents;
+  }
+
+  std::optional<FileLocation> in_page_cache(std::uint64_t offset, std::uint64_t length) override {
+    if (direct_ || !all_in_page_cache(fd_.get(), offset, length)) return std::nullopt;
+    return FileLocation{fd_.get(), offset};
   }
 
   Task<Result<void>> cache(std::uint64_t offset, std::uint64_t length) override {

@@ -41,6 +41,10 @@ constexpr std::int64_t kLingerNs = 5'000'000'000;
 constexpr std::uint64_t kSparseRead = 64 << 10;
 constexpr std::size_t kSparseReadExtents = 32;
 
+// Reads from here on are sent from the page cache without a copy, where that is possible: below,
+// the copy costs less than the calls.
+constexpr std::uint64_t kSentFromCache = 64 << 10;
+
 // What one CACHE reads ahead: a request of 28 bytes shall not push everything else out of the
 // cache.
 constexpr std::uint64_t kMostCached = 64 << 20;
@@ -74,7 +78,8 @@ struct alignas(BufferCache::kAlignment) NbdConnection::Reply {
   std::uint32_t memory_size;  // of all of it
   std::uint8_t header_size;   // at the end of `header`
   bool last;                  // chunk of its request, which is answered then
-  std::byte unused[2];
+  bool from_file;             // what follows it is a part of a file, in place of a payload
+  std::byte unused;
   std::byte header[nbd::kMaxDataHeader];
 
   static Reply* make(BufferCache& cache, std::size_t header_size, std::size_t payload,
@@ -89,12 +94,26 @@ struct alignas(BufferCache::kAlignment) NbdConnection::Reply {
     reply->memory_size = static_cast<std::uint32_t>(memory_size);
     reply->header_size = static_cast<std::uint8_t>(header_size);
     reply->last = last;
+    reply->from_file = false;
+    return reply;
+  }
+  // A header, behind which a part of a file is sent.
+  static Reply* make(BufferCache& cache, std::size_t header_size, FilePart part, std::size_t held,
+                     bool last) {
+    Reply* const reply = make(cache, header_size, sizeof part, held, last);
+    if (!reply) return nullptr;
+    reply->size = static_cast<std::uint32_t>(header_size);
+    reply->from_file = true;
+    ::new (reply + 1) FilePart(part);
     return reply;
   }
   static void free(BufferCache& cache, Reply* reply) noexcept {
     cache.give_back(reply, reply->memory_size);
   }
 
+  const FilePart& file_part() const noexcept {
+    return *std::launder(reinterpret_cast<const FilePart*>(this + 1));
+  }
   std::byte* bytes() noexcept { return header + sizeof header - header_size; }
   std::span<std::byte> payload() noexcept {
     return {reinterpret_cast<std::byte*>(this + 1), std::size_t{size} - header_size};
@@ -263,6 +282,7 @@ Task<bool> NbdConnection::negotiate() {
 
   AioContext& home = *server_.options_.io_contexts[place_.context];
   memory_ = server_.memory_[place_.context].get();
+  sends_files_ = channel_->can_send_files();
   co_await move_to(home);
   context_ = &home;
   co_return true;
@@ -545,25 +565,29 @@ Task<bool> NbdConnection::accept_status_query(std::span<const std::byte>& input,
 
 // ---- Requests
 
-// Room for data from `offset` on, behind a header that is complete. Null: no memory.
+// Room for data from `offset` on, behind a header that is complete; or, where the data can go from
+// the page cache to the socket, no room but where it is. Null: no memory.
 NbdConnection::Reply* NbdConnection::make_data_reply(const nbd::Request& request,
                                                      std::uint64_t offset, std::uint64_t length,
                                                      std::size_t bytes_held, bool last) noexcept {
-  if (style() == nbd::ReplyStyle::kSimple) {
-    Reply* const reply = Reply::make(*memory_, nbd::kSimpleReplySize, length, bytes_held);
-    if (reply) {
-      nbd::encode_simple_reply(
-          std::span<std::byte, nbd::kSimpleReplySize>(reply->bytes(), nbd::kSimpleReplySize), 0,
-          request.cookie);
-    }
-    return reply;
-  }
-  const std::size_t header_size = nbd::chunk_header_size(style());
-  Reply* const reply = Reply::make(*memory_, header_size + 8, length, bytes_held, last);
-  if (reply) {
+  const bool simple = style() == nbd::ReplyStyle::kSimple;
+  const std::size_t chunk_header = nbd::chunk_header_size(style());
+  const std::size_t header_size = simple ? nbd::kSimpleReplySize : chunk_header + 8;
+  std::optional<FileLocation> cached;
+  if (sends_files_ && length >= kSentFromCache) cached = disk_->in_page_cache(offset, length);
+  Reply* const reply =
+      cached ? Reply::make(*memory_, header_size, FilePart{cached->fd, cached->offset, length},
+                           bytes_held, last)
+             : Reply::make(*memory_, header_size, length, bytes_held, last);
+  if (!reply) return nullptr;
+  if (simple) {
+    nbd::encode_simple_reply(
+        std::span<std::byte, nbd::kSimpleReplySize>(reply->bytes(), nbd::kSimpleReplySize), 0,
+        request.cookie);
+  } else {
     nbd::encode_chunk_header(reply->bytes(), style(), request, last ? nbd::kReplyDone : 0,
                              nbd::ChunkType::kOffsetData, static_cast<std::uint32_t>(length + 8));
-    store_be(reply->bytes() + header_size, offset);
+    store_be(reply->bytes() + chunk_header, offset);
   }
   return reply;
 }
@@ -593,7 +617,7 @@ Task<void> NbdConnection::run_read(nbd::Request request) {
   }
   Result<void> result;
   try {
-    result = co_await disk_->read(request.offset, reply->payload());
+    if (!reply->from_file) result = co_await disk_->read(request.offset, reply->payload());
   } catch (const std::bad_alloc&) {
     result = out_of_memory();
   }
@@ -634,7 +658,7 @@ Task<void> NbdConnection::run_sparse_read(nbd::Request request) {
     if (piece.zero) {
       nbd::encode_offset_hole(reply->payload().first<nbd::kOffsetHoleSize>(), piece.offset,
                               static_cast<std::uint32_t>(piece.length));
-    } else {
+    } else if (!reply->from_file) {
       try {
         result = co_await disk_->read(piece.offset, reply->payload());
       } catch (const std::bad_alloc&) {
@@ -813,12 +837,16 @@ Task<void> NbdConnection::sender() {
       continue;
     }
     std::size_t count = 0;
-    for (Reply* reply = first_reply_; reply && count < pieces.size(); reply = reply->next) {
+    const FilePart* part = nullptr;  // of the last one
+    for (Reply* reply = first_reply_; reply && !part && count < pieces.size();
+         reply = reply->next) {
       pieces[count++] = iovec{reply->bytes(), reply->size};
+      if (reply->from_file) part = &reply->file_part();
     }
     if (!dead_) {
       const std::span<iovec> unsent(pieces.data(), count);
-      const Result<void> sent = co_await channel_->writev_in_place(unsent, disconnect_.token());
+      Result<void> sent = co_await channel_->writev_in_place(unsent, disconnect_.token());
+      if (sent && part) sent = co_await channel_->send_file(*part, disconnect_.token());
       if (!sent) {
         const int error = sent.error().code();
         if (error != EPIPE && error != ECONNRESET && error != ECANCELED) {

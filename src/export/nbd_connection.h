@@ -106,6 +106,7 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   AioContext* context_ = nullptr;
   std::unique_ptr<Channel> channel_;  // null during the handshake of TLS
   bool encrypted_ = false;
+  bool sends_files_ = false;  // the channel takes what is in the page cache as it is
   NbdServer::Place place_;
   BufferCache* memory_ = nullptr;  // of the context: for replies and what is received
   BlockDriver* disk_ = nullptr;

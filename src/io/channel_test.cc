@@ -11,6 +11,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <numeric>
 
@@ -451,6 +452,120 @@ TEST_F(OtherChannels, UnixSocketsCarryDescriptors) {
   char c = 0;
   ASSERT_EQ(::read(read_end.get(), &c, 1), 1);
   EXPECT_EQ(c, '!');
+}
+
+class SentFiles : public ChannelTest {
+ protected:
+  static constexpr std::size_t kSize = 12 << 20;  // more than a socket holds
+
+  void SetUp() override {
+    ::signal(SIGPIPE, SIG_IGN);
+    std::iota(content_.begin(), content_.end(), '\1');
+    for (std::size_t i = 0; i < content_.size(); i += 4096)
+      content_[i] = static_cast<char>(i / 4096);
+    ASSERT_TRUE(file_);
+    ASSERT_EQ(::pwrite(file_.get(), content_.data(), content_.size(), 0),
+              static_cast<ssize_t>(content_.size()));
+    auto ends = SocketChannel::pair();
+    near_ = std::move(ends->first);
+    far_ = std::move(ends->second);
+  }
+
+  static UniqueFd make_file() {
+    const std::string folder = std::filesystem::temp_directory_path();
+    return UniqueFd(::open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
+  }
+
+  std::string content_ = std::string(kSize, '\0');
+  UniqueFd file_ = make_file();
+  std::unique_ptr<SocketChannel> near_, far_;
+};
+
+TEST_F(SentFiles, ArriveWholeAfterAndBeforeOtherBytes) {
+  ASSERT_TRUE(near_->can_send_files());
+  std::optional<Done> sent;
+  const auto send = [&]() -> Task<Done> {
+    Done done = co_await near_->write_full(bytes_of("before"));
+    if (done) done = co_await near_->send_file({file_.get(), 5000, kSize - 5000});
+    if (done) done = co_await near_->write_full(bytes_of("behind"));
+    co_return done;
+  };
+  start(send(), sent);
+  settle();
+  EXPECT_FALSE(sent) << "nobody reads";
+  std::string got(kSize - 5000 + 12, '\0');
+  std::optional<Done> received;
+  start_on(b(), far_->read_full(room_of(got)), received);
+  finish(received);
+  finish(sent);
+  ASSERT_TRUE(*sent) << sent->error().message();
+  EXPECT_TRUE(got == "before" + content_.substr(5000) + "behind");
+}
+
+// The pages themselves are on their way: the peer sees what is written to them before it reads.
+TEST_F(SentFiles, AreNotCopied) {
+  std::optional<Done> sent;
+  run(near_->send_file({file_.get(), 0, 65536}), sent);
+  ASSERT_TRUE(*sent);
+  ASSERT_EQ(::pwrite(file_.get(), "later", 5, 8192), 5);
+  std::string got(65536, '\0');
+  std::optional<Done> received;
+  run(far_->read_full(room_of(got)), received);
+  EXPECT_EQ(got.substr(8192, 5), "later");
+}
+
+TEST_F(SentFiles, ThatEndTooSoonAreAnErrorThatSaysWhere) {
+  std::optional<Done> sent;
+  std::size_t count = 0;
+  run(near_->send_file({file_.get(), kSize - 4096, 8192}, {}, &count), sent);
+  ASSERT_FALSE(*sent);
+  EXPECT_EQ(sent->error().code(), ENODATA);
+  EXPECT_NE(sent->error().message().find("after 4096 of 8192 bytes"), std::string::npos)
+      << sent->error().message();
+  EXPECT_EQ(count, 4096u);
+}
+
+TEST_F(SentFiles, AreStopped) {
+  std::stop_source stop;
+  std::optional<Done> sent;
+  std::size_t count = 0;
+  start(near_->send_file({file_.get(), 0, kSize}, stop.get_token(), &count), sent);
+  settle();
+  EXPECT_FALSE(sent);
+  stop.request_stop();
+  finish(sent);
+  ASSERT_FALSE(*sent);
+  EXPECT_EQ(sent->error().code(), ECANCELED);
+  EXPECT_GT(count, 0u);
+  EXPECT_LT(count, kSize);
+  std::string got(count, '\0');
+  std::optional<Done> received;
+  run(far_->read_full(room_of(got)), received);
+  EXPECT_TRUE(got == content_.substr(0, count));
+}
+
+TEST_F(SentFiles, GoOnWhereTheChannelIsMoved) {
+  std::optional<Done> sent;
+  start(near_->send_file({file_.get(), 0, kSize}), sent);
+  settle();
+  std::optional<Done> moved;
+  run(near_->move_to(b()), moved);
+  ASSERT_TRUE(*moved);
+  EXPECT_EQ(near_->context(), &b());
+  std::string got(kSize, '\0');
+  std::optional<Done> received;
+  run(far_->read_full(room_of(got)), received);
+  finish(sent);
+  EXPECT_TRUE(*sent);
+  EXPECT_TRUE(got == content_);
+}
+
+TEST_F(SentFiles, ToAPeerThatHasGoneAreAnError) {
+  far_.reset();
+  std::optional<Done> sent;
+  run(near_->send_file({file_.get(), 0, kSize}), sent);
+  ASSERT_FALSE(*sent);
+  EXPECT_EQ(sent->error().code(), EPIPE);
 }
 
 TEST_F(OtherChannels, AFileIsReadAndWrittenFromFrontToBack) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "roost/io/socket_channel.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <linux/sockios.h>
 #include <linux/vm_sockets.h>
@@ -9,6 +10,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/ioctl.h>
+#include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
@@ -29,6 +31,11 @@ constexpr std::size_t kMaxPieces = 1024;
 
 constexpr std::size_t kLargeReceive = 64 << 10;
 
+// What may be on the way of files: the pages are the cache's, so this takes little memory, and a
+// peer that is quick finds the next part when it has read one. As much as is allowed, if that is
+// less.
+constexpr int kFileSendBuffer = 4 << 20;
+
 // How often a socket that lingers looks, and how long nothing must have come from a peer that had
 // more to say: longer than its kernel waits to try again.
 constexpr std::int64_t kLingerStepNs = 2'000'000;
@@ -43,10 +50,17 @@ union ControlBuffer {
 };
 static_assert(alignof(ControlBuffer) >= alignof(cmsghdr));
 
+int domain_of(int fd) noexcept {
+  int domain = 0;
+  socklen_t length = sizeof domain;
+  ::getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length);
+  return domain;
+}
+
 }  // namespace
 
 SocketChannel::SocketChannel(UniqueFd fd, std::string name)
-    : Channel(std::move(name)), fd_(std::move(fd)) {}
+    : Channel(std::move(name)), fd_(std::move(fd)), local_(domain_of(fd_.get()) == AF_UNIX) {}
 
 SocketChannel::~SocketChannel() = default;
 
@@ -182,6 +196,33 @@ Task<Result<std::size_t>> SocketChannel::do_writev(std::span<const iovec> from, 
   }
 }
 
+// The kernel has no way to wait for a socket in a ring and send a file then: so it is tried, and
+// what is waited for is room. The socket does not block, the file's pages are there.
+Task<Result<std::size_t>> SocketChannel::do_send_file(FilePart part, std::stop_token stop) {
+  if (!std::exchange(sends_files_, true)) {
+    int size = kFileSendBuffer;
+    if (::setsockopt(fd_.get(), SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size) < 0) {
+      ::setsockopt(fd_.get(), SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
+    }
+    ::fcntl(fd_.get(), F_SETFL, ::fcntl(fd_.get(), F_GETFL) | O_NONBLOCK);
+  }
+  for (;;) {
+    if (in_transit(Direction::kWrite)) co_await arrive();
+    auto offset = static_cast<off_t>(part.offset);
+    const ssize_t n = ::sendfile(fd_.get(), part.fd, &offset, part.length);
+    if (n > 0) co_return static_cast<std::size_t>(n);
+    if (n == 0) co_return failure("send a file that has ended to", ENODATA);
+    if (errno == EINTR) continue;
+    if (errno != EAGAIN) co_return failure("send a file to", errno);
+    CancellableIoAwaiter wait(io_poll(fd_.get(), POLLOUT).request(), stop, &slots_[1]);
+    const std::int64_t ready = co_await std::move(wait);
+    if (ready == -ECANCELED && stop.stop_requested())
+      co_return cancelled("write to", "nothing was sent");
+    if (ready < 0 && ready != -ECANCELED && ready != -EINTR)
+      co_return failure("wait for", static_cast<int>(-ready));
+  }
+}
+
 Task<Result<void>> SocketChannel::send_with_descriptors(std::span<const std::byte> bytes,
                                                         std::span<const int> descriptors,
                                                         std::stop_token stop) {
@@ -218,9 +259,7 @@ void SocketChannel::abort() noexcept { ::shutdown(fd_.get(), SHUT_RDWR); }
 // has arrived. The end of our side comes last, by the close: once it is sent, data that comes
 // resets the connection, too. (What a unix socket has sent has arrived.)
 Task<void> SocketChannel::linger(std::int64_t limit_ns, std::stop_token stop) {
-  int domain = 0;
-  socklen_t length = sizeof domain;
-  ::getsockopt(fd_.get(), SOL_SOCKET, SO_DOMAIN, &domain, &length);
+  const int domain = domain_of(fd_.get());
   const bool tcp = domain == AF_INET || domain == AF_INET6;
   std::vector<std::byte> dropped(kLingerChunk);
   bool asked_for_more = false;

@@ -13,8 +13,6 @@
 #include <span>
 #include <vector>
 
-#include "roost/base/check.h"
-
 namespace roost {
 
 namespace {
@@ -189,6 +187,7 @@ struct TlsChannel::Session {
   std::vector<std::byte> received;
   std::size_t received_begin = 0;
   std::size_t received_end = 0;
+  std::size_t times_left = 0;  // since it was filled: GnuTLS wanted more, and had not taken all
   bool received_all = false;
 
   // What is to go below; `sending` is what a flush is at.
@@ -235,6 +234,12 @@ struct TlsChannel::Session {
 
   bool something_to_send() const noexcept {
     return !unsent.empty() || sending_begin < sending.size();
+  }
+
+  void forget_unsent() noexcept {
+    unsent.clear();
+    sending.clear();
+    sending_begin = 0;
   }
 };
 
@@ -307,6 +312,9 @@ Task<Result<std::unique_ptr<TlsChannel>>> TlsChannel::handshake(
 }
 
 Task<Result<void>> TlsChannel::shake_hands(std::stop_token stop) {
+  const auto below = [](const Error& error) {
+    return fail(error.code(), "TLS handshake: " + error.doing());
+  };
   for (;;) {
     const int code = ::gnutls_handshake(session_->handle);
     if (code != GNUTLS_E_AGAIN && ::gnutls_error_is_fatal(code)) {
@@ -314,7 +322,10 @@ Task<Result<void>> TlsChannel::shake_hands(std::stop_token stop) {
     }
     // What it has to say is sent in any case: an alert tells the peer what is wrong.
     const Result<void> sent = co_await flush(Direction::kWrite, stop);
-    if (code == GNUTLS_E_SUCCESS) co_return sent;
+    if (code == GNUTLS_E_SUCCESS) {
+      if (!sent) co_return below(sent.error());
+      co_return sent;
+    }
     if (code == GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR) {
       gnutls_datum_t words{};
       ::gnutls_certificate_verification_status_print(
@@ -328,10 +339,15 @@ Task<Result<void>> TlsChannel::shake_hands(std::stop_token stop) {
     if (code != GNUTLS_E_AGAIN && ::gnutls_error_is_fatal(code)) {
       co_return tls_failure("TLS handshake with", code);
     }
-    if (!sent) co_return sent;
+    if (!sent) {
+      // A peer that hung up has most likely said why: that is worth more than the broken pipe.
+      const int error = sent.error().code();
+      if (error != EPIPE && error != ECONNRESET) co_return below(sent.error());
+      session_->forget_unsent();
+    }
     if (code == GNUTLS_E_AGAIN && ::gnutls_record_get_direction(session_->handle) == 0) {
       const Result<void> more = co_await fill(stop);
-      if (!more) co_return more;
+      if (!more) co_return below(more.error());
     }
   }
 }
@@ -358,11 +374,18 @@ void TlsChannel::learn_about_peer() {
   ::gnutls_x509_crt_deinit(certificate);
 }
 
-// Gets more from below. REQUIRES: what had come is used up.
+// Gets more from below, unless there is some left: after some messages (a part of a handshake, a
+// ticket, a key update) GnuTLS wants to be called again before it takes what came behind them. It
+// has then used up at least a byte of what it took before.
 Task<Result<void>> TlsChannel::fill(std::stop_token stop) {
   Session& session = *session_;
-  ROOST_CHECK(session.received_begin == session.received_end, "{} bytes of {} are not taken",
-              session.received_end - session.received_begin, name());
+  if (session.received_begin < session.received_end) {
+    if (++session.times_left > kReceiveSize) {
+      co_return fail(EPROTO, fmt::format("read from {}: TLS does not get on", name()));
+    }
+    co_return Result<void>();
+  }
+  session.times_left = 0;
   const Result<std::size_t> n = co_await lower_->read(session.received, std::move(stop));
   if (!n) co_return std::unexpected(n.error());
   session.received_begin = 0;

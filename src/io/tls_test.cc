@@ -149,6 +149,41 @@ TEST_F(Tls, GarbageInPlaceOfAHandshakeIsAnError) {
   EXPECT_EQ(server_->error().code(), EPROTO);
 }
 
+TEST_F(Tls, APeerThatHungUpIsHeardAllTheSame) {
+  const std::string alert("\x15\x03\x03\x00\x02\x02\x28", 7);  // handshake_failure
+  for (const std::string& said : {std::string(), alert}) {
+    auto below = make_memory_channels();
+    std::optional<Done> sent;
+    if (!said.empty()) run(below.second->write_full(bytes_of(said)), sent);
+    below.second.reset();  // so that our first words break the pipe
+    client_.reset();
+    run(TlsChannel::handshake(std::move(below.first),
+                              load({.role = TlsRole::kClient, .directory = certificates_.folder()}),
+                              "localhost"),
+        client_);
+    ASSERT_FALSE(*client_);
+    const std::string words = client_->error().message();
+    EXPECT_TRUE(words.starts_with("TLS handshake")) << words;
+    EXPECT_EQ(words.find("Handshake failed") != std::string::npos, !said.empty()) << words;
+  }
+}
+
+TEST_F(Tls, AHandshakeInPiecesOfNonsenseIsAnError) {
+  // GnuTLS takes the first record, a part of a message, and does not look at the rest at once.
+  const std::string start("\x16\x03\x01\x00\x05", 5);
+  for (const std::string& rest : {std::string("hello and goodbye"), "hello" + start + "world",
+                                  std::string("hello"), std::string("hel")}) {
+    auto below = make_memory_channels();
+    std::optional<Done> sent;
+    run(below.second->write_full(bytes_of(start + rest)), sent);
+    below.second.reset();
+    server_.reset();
+    run(TlsChannel::handshake(std::move(below.first), load({.directory = certificates_.folder()})),
+        server_);
+    EXPECT_FALSE(*server_);
+  }
+}
+
 TEST_F(Tls, AHandshakeThatNobodyAnswersEndsWhenItIsStopped) {
   auto below = make_memory_channels();
   std::stop_source stop;

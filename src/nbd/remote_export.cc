@@ -5,14 +5,14 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
+#include <map>
 #include <mutex>
+#include <ranges>
 #include <utility>
 
 #include "roost/aio/aio_context.h"
 #include "roost/aio/timer.h"
 #include "roost/base/check.h"
-#include "roost/sync/stop_scope.h"
 #include "roost/sync/when.h"
 
 namespace roost::nbd {
@@ -32,6 +32,35 @@ bool is_write(Command command) {
 bool overlap(std::uint64_t a, std::uint64_t a_length, std::uint64_t b, std::uint64_t b_length) {
   return a < b + b_length && b < a + a_length;
 }
+
+// A set of bytes.
+class Ranges {
+ public:
+  bool overlap(std::uint64_t begin, std::uint64_t end) const {
+    const auto next = all_.upper_bound(begin);
+    if (next != all_.begin() && std::prev(next)->second > begin) return true;
+    return next != all_.end() && next->first < end;
+  }
+
+  // Calls `fresh(begin, end)` for what was not there.
+  template <class Fresh>
+  void add(std::uint64_t begin, std::uint64_t end, Fresh fresh) {
+    auto next = all_.upper_bound(begin);
+    if (next != all_.begin() && std::prev(next)->second >= begin) --next;
+    std::uint64_t at = begin;
+    while (next != all_.end() && next->first <= end) {
+      if (next->first > at) fresh(at, next->first);
+      at = std::max(at, next->second);
+      begin = std::min(begin, next->first);
+      next = all_.erase(next);
+    }
+    if (at < end) fresh(at, end);
+    all_.emplace_hint(next, begin, std::max(at, end));
+  }
+
+ private:
+  std::map<std::uint64_t, std::uint64_t> all_;  // begin and end, none touching the next
+};
 
 }  // namespace
 
@@ -154,7 +183,7 @@ Task<void> RemoteExport::close() {
   std::unique_lock lock(mutex_);
   closing_ = true;
   lock.unlock();
-  closing_source_.request_stop();
+  closing_scope_.request_stop();
   work_.wake_all();
   changed_.wake_all();
   lock.lock();
@@ -317,19 +346,14 @@ void RemoteExport::keep(const ClientRequest& what, std::optional<std::vector<std
     return overlap(one.offset, one.length, what.offset, what.length);
   };
   const bool durable = (what.flags & kCommandFua) != 0;
-  // One that is durable is kept if an older one would otherwise be sent over it.
+  // One that is durable is remembered if an older one would otherwise be sent over it.
   if (durable && std::ranges::none_of(kept_, overlaps)) return;
+  if (durable) data.emplace();
   const std::uint64_t size = kKeptOverhead + (data ? data->size() : 0);
   ++acknowledged_;
   if (!data || size > options_.keep_bytes || kept_bytes_ > options_.keep_bytes - size) {
     if (!durable) unkept_ever_ += what.length;
-    // Nor may an older one be sent over one that cannot be.
-    std::erase_if(kept_, [&](const Kept& one) {
-      if (!overlaps(one)) return false;
-      kept_bytes_ -= kKeptOverhead + one.data.size();
-      unkept_ever_ += one.length;
-      return true;
-    });
+    drop_older(what.offset, what.length);
     return;
   }
   Kept& kept = kept_.emplace_back(Kept{.number = acknowledged_,
@@ -343,12 +367,45 @@ void RemoteExport::keep(const ClientRequest& what, std::optional<std::vector<std
   kept_bytes_ += size;
 }
 
+// An older write may not be sent over one that cannot be; nor one that is older still, over those
+// that are not sent for that. With the mutex held.
+void RemoteExport::drop_older(std::uint64_t offset, std::uint64_t length) {
+  const auto nothing = [](std::uint64_t, std::uint64_t) {};
+  Ranges newer;
+  newer.add(offset, offset + length, nothing);
+  for (Kept& one : std::views::reverse(kept_)) {
+    if (!newer.overlap(one.offset, one.offset + one.length)) continue;
+    newer.add(one.offset, one.offset + one.length, nothing);
+    kept_bytes_ -= kKeptOverhead + one.data.size();
+    if (!(one.flags & kCommandFua)) unkept_ever_ += one.length;
+    one.dropped = true;
+  }
+  std::erase_if(kept_, [](const Kept& one) { return one.dropped; });
+}
+
+// What of the kept writes no later one has written over, the oldest first. With the mutex held.
+//
+// To send all of them in their order would end in the same; but the older of two would take the
+// newer one back meanwhile, and for good if the connection were lost in between and not made again:
+// even one that is durable, or that no server has lost.
+std::vector<RemoteExport::Piece> RemoteExport::still_kept() const {
+  std::vector<Piece> pieces;
+  Ranges newer;
+  for (const Kept& one : std::views::reverse(kept_)) {
+    newer.add(one.offset, one.offset + one.length, [&](std::uint64_t begin, std::uint64_t end) {
+      if (!(one.flags & kCommandFua)) pieces.push_back({&one, begin, end - begin});
+    });
+  }
+  std::ranges::reverse(pieces);
+  return pieces;
+}
+
 // What a request's end means for the others. True: it has to be sent again.
 bool RemoteExport::sent(Request& request, const Client& client, Result<void>& done) {
   const Command command = request.what.command;
   bool again = false;
   std::optional<std::vector<std::byte>> copy;
-  if (done && is_write(command)) copy = copy_of(request);
+  if (done && is_write(command) && !(request.what.flags & kCommandFua)) copy = copy_of(request);
   {
     const std::lock_guard lock(mutex_);
     --in_flight_;
@@ -515,7 +572,7 @@ Task<void> RemoteExport::look_after(Connection& connection) {
 }
 
 Task<void> RemoteExport::reconnect(Connection& connection) {
-  const std::stop_token closing = closing_source_.get_token();
+  const std::stop_token closing = closing_scope_.token();
   const Clock& clock = AioContext::current()->clock();
   // One that has answered nothing since it was made has not ended the outage.
   bool proven = false;
@@ -568,7 +625,7 @@ Task<void> RemoteExport::reconnect(Connection& connection) {
 Task<Result<void>> RemoteExport::come_back(Connection& connection, Client client,
                                            std::int64_t give_up_at) {
   if (Result<void> same = compare(*client); !same) co_return same;
-  StopScope scope(closing_source_.get_token());
+  StopScope scope(closing_scope_.token());
   bool over = false;
   auto replaying = replay(connection, client, scope, over);
   auto watching = cut_off_late(client, scope.token(), give_up_at, over);
@@ -597,26 +654,33 @@ Task<Result<void>> RemoteExport::replay(Connection& connection, Client client, S
     if (!client->state()) done = fail(ETIMEDOUT, "requests over other connections do not end");
     if (done) co_await changed_.wait(lock);
   }
-  for (std::size_t i = 0; i < kept_.size() && done; ++i) {
-    // Nobody else changes them meanwhile.
-    const Kept& one = kept_[i];
-    lock.unlock();
+  std::vector<Piece> pieces;
+  if (done) pieces = still_kept();
+  // Nobody else changes them meanwhile.
+  lock.unlock();
+  const Kept* last = nullptr;
+  std::uint64_t replayed = 0;
+  for (const Piece& piece : pieces) {
+    const Kept& one = *piece.of;
     switch (one.command) {
       case Command::kWrite: {
-        const iovec piece{const_cast<std::byte*>(one.data.data()), one.data.size()};
-        done = co_await client->writev(one.offset, std::span(&piece, 1), one.flags);
+        const auto* const from = one.data.data() + (piece.offset - one.offset);
+        const iovec data{const_cast<std::byte*>(from), piece.length};
+        done = co_await client->writev(piece.offset, std::span(&data, 1), one.flags);
         break;
       }
       case Command::kWriteZeroes:
-        done = co_await client->zero(one.offset, one.length, one.flags);
+        done = co_await client->zero(piece.offset, piece.length, one.flags);
         break;
       default:
-        done = co_await client->trim(one.offset, one.length, one.flags);
+        done = co_await client->trim(piece.offset, piece.length, one.flags);
         break;
     }
-    lock.lock();
-    if (done) ++statistics_.replayed;
+    if (!done) break;
+    if (std::exchange(last, &one) != &one) ++replayed;
   }
+  lock.lock();
+  statistics_.replayed += replayed;
   exclusive_ = false;
   if (done) {
     if (unkept_ever_ > unkept_settled_) {

@@ -328,7 +328,7 @@ TEST_F(RemoteExportTest, SendsReadsStatusCacheAndFlushAgain) {
   EXPECT_EQ(export_->statistics().reconnected, 1u);
 }
 
-TEST_F(RemoteExportTest, SendsKeptWritesAgainInTheirOrderBeforeAnythingElse) {
+TEST_F(RemoteExportTest, SendsKeptWritesAgainBeforeAnythingElse) {
   open();
   EXPECT_EQ(write(0, "aaaa"), 0);
   EXPECT_EQ(write(2, "bbbb"), 0);
@@ -337,7 +337,7 @@ TEST_F(RemoteExportTest, SendsKeptWritesAgainInTheirOrderBeforeAnythingElse) {
   server_.crash();
   server_.log.clear();
   EXPECT_EQ(read(0, 8), "aabb0000");
-  EXPECT_EQ(server_.log, (Log{"WRITE 0+4 a", "WRITE 2+4 b", "ZERO 4+4", "TRIM 100+4", "READ 0+8"}));
+  EXPECT_EQ(server_.log, (Log{"WRITE 0+2 a", "WRITE 2+2 b", "ZERO 4+4", "TRIM 100+4", "READ 0+8"}));
   EXPECT_EQ(flush(), 0);
   EXPECT_EQ(server_.disk.substr(0, 8), "aabb0000");
 }
@@ -388,6 +388,22 @@ TEST_F(RemoteExportTest, AFailedFlushCoversNothing) {
   EXPECT_EQ(read(0, 4), "aaaa");
 }
 
+TEST_F(RemoteExportTest, SendsOnlyWhatNoLaterWriteHasWrittenOver) {
+  open();
+  EXPECT_EQ(write(0, "aaaaaaaaaaaa"), 0);
+  EXPECT_EQ(write(2, "bb"), 0);
+  EXPECT_EQ(write(6, "cc", kCommandFua), 0);
+  EXPECT_EQ(write(3, "dddd"), 0);
+  EXPECT_EQ(code(export_->zero(20, 4)), 0);
+  EXPECT_EQ(write(20, "eeee"), 0);
+  hang_up();
+  server_.log.clear();
+  EXPECT_EQ(read(0, 12), "aabddddcaaaa");
+  EXPECT_EQ(server_.log, (Log{"WRITE 8+4 a", "WRITE 0+2 a", "WRITE 2+1 b", "WRITE 3+4 d",
+                              "WRITE 20+4 e", "READ 0+12"}));
+  EXPECT_EQ(export_->statistics().replayed, 4u);
+}
+
 TEST_F(RemoteExportTest, DurableWritesAreKeptOnlyWhereAnOlderOneWouldCoverThem) {
   open();
   EXPECT_EQ(write(100, "xxxx", kCommandFua), 0);
@@ -397,7 +413,7 @@ TEST_F(RemoteExportTest, DurableWritesAreKeptOnlyWhereAnOlderOneWouldCoverThem) 
   server_.crash();
   server_.log.clear();
   EXPECT_EQ(read(0, 4), "aabb");
-  EXPECT_EQ(server_.log, (Log{"WRITE 0+4 a", "WRITE 2+2 b FUA", "READ 0+4"}));
+  EXPECT_EQ(server_.log, (Log{"WRITE 0+2 a", "READ 0+4"}));
 }
 
 TEST_F(RemoteExportTest, TheNextFlushSaysOnceThatWritesWereNotKept) {
@@ -440,6 +456,21 @@ TEST_F(RemoteExportTest, KeepsNoMoreThanItMayAndNothingThatWouldCoverWhatItCanno
   EXPECT_EQ(read(100, 6), "bbdddd");
   EXPECT_EQ(server_.log, (Log{"WRITE 0+4 a", "WRITE 200+4 c", "READ 100+6"}));
   EXPECT_EQ(flush(), EIO);
+}
+
+TEST_F(RemoteExportTest, WhatCannotBeKeptTakesWithItWhatLiesUnderThat) {
+  options_.keep_bytes = 3 * 64 + 12;
+  open();
+  EXPECT_EQ(write(0, "aaaa"), 0);
+  EXPECT_EQ(write(2, "bbbb"), 0);
+  EXPECT_EQ(write(100, "xxxx"), 0);
+  EXPECT_EQ(write(4, "cccc"), 0);  // not over a, but over b, which is over a
+  EXPECT_EQ(export_->statistics().kept_bytes, 64u + 4);
+  EXPECT_EQ(export_->statistics().unkept_bytes, 12u);
+  hang_up();
+  server_.log.clear();
+  EXPECT_EQ(read(0, 8), "aabbcccc");
+  EXPECT_EQ(server_.log, (Log{"WRITE 100+4 x", "READ 0+8"}));
 }
 
 TEST_F(RemoteExportTest, WritesThatWereNotAcknowledgedFail) {

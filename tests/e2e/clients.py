@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import urllib.parse
 import xml.dom.minidom
 
 from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Skip, case, check, check_equal,
@@ -155,12 +156,102 @@ def nbdinfo_lists_named_exports(test):
         check(missing.returncode != 0, "an export that is not there was opened")
 
 
-def fio(test, uri, *options):
+@case(loops=EVENT_LOOPS, transports=TRANSPORTS)
+def stock_clients_list_the_exports(test):
+    with test.serve("alpha=mem:1M", "beta=mem:2M") as daemon:
+        daemon.wait_for_uris(2)
+        if test.transport == "unix":
+            qemu, other = ("-k", test.path("s")), ("-unix", test.path("s"), "-l")
+        else:
+            port = urllib.parse.urlsplit(daemon.uri).port
+            qemu, other = ("-b", "127.0.0.1", "-p", port), ("-l", "127.0.0.1", port)
+        listed = run("qemu-nbd", "-L", *qemu).stdout
+        check(listed.count("base:allocation") == 2, f"qemu-nbd: {listed}")
+        names = ("export: 'alpha'", "export: 'beta'", f"size:  {MIB}", f"size:  {2 * MIB}")
+        check(all(name in listed for name in names), f"qemu-nbd: {listed}")
+        # nbd-client does the rest in the kernel.
+        listed = run("nbd-client", *other)
+        check({"alpha", "beta"} <= set(listed.stdout.split()), f"nbd-client: {listed.stdout}")
+
+
+NBDSH = """
+import errno, random
+assert h.get_size() == 64 << 20 and h.can_meta_context("base:allocation")
+assert h.get_structured_replies_negotiated() and h.can_df() and h.can_multi_conn()
+rng = random.Random(5)
+
+# Many at a time, and what comes back is compared, however it is cut.
+here, there = {}, []
+for n in range(48):
+    data, at = rng.randbytes(rng.choice((1, 700, 4096, 100000))), (n << 18) + rng.randrange(4096)
+    here[at] = data
+    there.append(h.aio_pwrite(nbd.Buffer.from_bytearray(data), at))
+while h.aio_in_flight():
+    h.poll(-1)
+assert all(h.aio_command_completed(cookie) for cookie in there)
+h.flush()
+def read(at, size, flags=0):
+    got, seen = bytearray(size), []
+    def chunk(data, offset, status, error):
+        assert status in (nbd.READ_DATA, nbd.READ_HOLE) and error.value == 0
+        got[offset - at:offset - at + len(data)] = data
+        seen.append(len(data))
+    whole = h.pread_structured(size, at, chunk, flags)
+    assert whole == got, "the pieces are not the whole"
+    return bytes(whole), len(seen)
+for at, data in here.items():
+    assert read(at, len(data))[0] == data
+assert read(0, 13 << 20)[1] > 1
+assert read(0, 1 << 20, nbd.CMD_FLAG_DF)[1] == 1
+
+h.trim(1 << 18, 1 << 18, nbd.CMD_FLAG_FUA)
+h.zero(1 << 18, 1 << 19, nbd.CMD_FLAG_FAST_ZERO)
+h.zero(3 << 18, 1 << 16, nbd.CMD_FLAG_NO_HOLE)
+h.cache(1 << 20, 1 << 18)
+assert h.pread(1 << 19, 1 << 18) == bytes(1 << 19)
+h.pwrite(b"f" * 5000, 40 << 20, nbd.CMD_FLAG_FUA)
+extents = []
+def extent(context, offset, entries, error):
+    assert context == "base:allocation"
+    extents.extend(zip(entries[0::2], entries[1::2]))
+h.block_status(64 << 20, 0, extent)
+assert len(extents) > 2 and sum(length for length, _ in extents) <= 64 << 20, extents
+
+# Our refusals are theirs: past the end, which libnbd would not even send.
+h.set_strict_mode(0)
+for call in (lambda: h.pread(4096, 64 << 20), lambda: h.pwrite(b"x" * 4096, (64 << 20) - 1),
+             lambda: h.trim(4096, 64 << 20)):
+    try:
+        call()
+    except nbd.Error as refused:
+        assert refused.errnum in (errno.EINVAL, errno.ENOSPC), refused
+    else:
+        raise AssertionError("a request beyond the end was carried out")
+assert h.pread(5000, 40 << 20) == b"f" * 5000
+h.shutdown()
+"""
+
+
+@case(loops=EVENT_LOOPS, transports=TRANSPORTS, sanitized=True)
+def nbdsh_script(test):
+    disk = test.path("disk.img")
+    sparse_file(disk, DISK_SIZE)
+    # The system's Python, which libnbd's module belongs to, goes before any other.
+    environment = dict(os.environ, PATH="/usr/bin:/bin:" + os.environ.get("PATH", ""))
+    with test.serve(disk) as daemon:
+        run("nbdsh", "--base-allocation", "-u", daemon.uri, "-c", NBDSH, env=environment)
+    with open(disk, "rb") as file:
+        file.seek(40 * MIB)
+        check_equal(file.read(5001), b"f" * 5000 + b"\0", "on the disk")
+
+
+def fio(test, uri, *options, **how):
     if "nbd" not in run("fio", "--enghelp").stdout.split():
         raise Skip("this fio has no nbd engine")
     # fio leaves files where it stands.
+    how.setdefault("cwd", test.folder)
     return run("fio", "--name=e2e", "--ioengine=nbd", f"--uri={uri}", "--randrepeat=1",
-               "--output-format=json", *options, cwd=test.folder)
+               "--output-format=json", *options, **how)
 
 
 def fio_errors(done):

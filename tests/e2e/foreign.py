@@ -23,11 +23,17 @@ def connects(path):
     return True
 
 
-class Foreign:
-    """A server on a unix socket, ended with the case."""
+def listens(port):
+    with socket.socket() as peer:
+        return peer.connect_ex(("127.0.0.1", port)) == 0
 
-    def __init__(self, test, *command, socket_name="foreign", probe=True):
-        self.path = test.path(socket_name)
+
+class Foreign:
+    """A server on a unix socket, or a port of this machine, ended with the case. `path`: what to
+    wait for instead of the socket."""
+
+    def __init__(self, test, *command, socket_name="foreign", port=None, path=None, probe=True):
+        self.path = path or test.path(socket_name)
         command = [str(part).replace("SOCKET", self.path) for part in command]
         command[0] = need_program(command[0])
         self.log_path = test.path(f"{socket_name}.log")
@@ -37,8 +43,9 @@ class Foreign:
                                             preexec_fn=die_with_parent)
         test.defer(self.kill)
         # A connection is a client: where the first one counts, only the socket file is awaited.
-        wait_until(lambda: self.failed() or (connects(self.path) if probe
-                                             else os.path.exists(self.path)),
+        wait_until(lambda: self.failed() or (listens(port) if port else
+                                             connects(self.path) if probe else
+                                             os.path.exists(self.path)),
                    f"{command[0]} listens")
         if self.failed():
             raise Failure(f"{' '.join(command)}: exit {self.process.returncode}\n{self.log()}")
@@ -194,21 +201,104 @@ def roost_copy_reports_the_errors_of_nbdkit(test):
     check(same_contents(test.path("source"), test.path("back")), "the copy is not right")
 
 
+@case(timeout_s=120)
+def roost_copy_waits_for_nbdkit_to_retry(test):
+    """A server that tries again for a second what failed is slow, and no more."""
+    disk, sick = test.path("disk"), test.path("sick")
+    faults = ("--filter=error", "file", disk, "error-pread-rate=1", "error-pwrite-rate=1",
+              "error-zero-rate=1", f"error-file={sick}")
+    for name, retrying in (
+            ("retry", ("--filter=retry", "retries=60", "retry-delay=1", "retry-exponential=no")),
+            ("request", ("--filter=retry-request", "retry-request-retries=60",
+                         "retry-request-delay=1"))):
+        sparse_file(disk, SIZE)
+        server = Foreign(test, "nbdkit", "-f", "-v", "-U", "SOCKET", retrying[0], *faults,
+                         *retrying[1:], socket_name=name)
+
+        def copy_while_sick(*arguments):
+            """Errors happen until nbdkit is seen to retry."""
+            log_before = len(server.log())
+            with open(sick, "wb"):
+                pass
+            copying = subprocess.Popen([test.roost, "copy", *arguments], stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                       preexec_fn=die_with_parent)
+            try:
+                wait_until(lambda: "injecting EIO error" in server.log()[log_before:],
+                           f"nbdkit --filter={name} has injected an error")
+                check(copying.poll() is None, "an error of the plugin has come through")
+                os.unlink(sick)
+                out, _ = copying.communicate(timeout=2 * PATIENCE_S)
+                check_equal(copying.returncode, 0, f"exit code of roost copy ({out})")
+            finally:
+                if copying.poll() is None:
+                    copying.kill()
+                copying.wait()
+
+        patchy_file(test.path("source"))
+        copy_while_sick(test.path("source"), server.uri(), "--flush")
+        check(same_contents(test.path("source"), disk), "what was sent is not in the file")
+        copy_while_sick(server.uri(), test.path("back"))
+        check(same_contents(test.path("source"), test.path("back")), "the copy is not right")
+        server.kill()
+    # Without somebody who tries again, they are errors.
+    server = Foreign(test, "nbdkit", "-f", "-U", "SOCKET", *faults)
+    with open(sick, "wb"):
+        pass
+    failed = roost(test, "copy", server.uri(), test.path("back"), code=1)
+    check("Input/output error" in failed.stderr, failed.stderr)
+
+
+@case(timeout_s=120)
+def roost_copy_sends_what_nbdkit_has_already(test):
+    """With checkwrite, nbdkit takes a write, or a hole, only where it changes nothing."""
+    disk, source = test.path("disk"), test.path("source")
+    patchy_file(disk)
+    patchy_file(source)
+    server = Foreign(test, "nbdkit", "-f", "-U", "SOCKET", "--filter=checkwrite", "file", disk)
+    for options in ((), ("--no-detect-zeroes",), ("--depth", "1", "--request-size", "4K"),
+                    ("--connections", "4", "--iothreads", "4", "--request-size", "32M")):
+        roost(test, "copy", source, server.uri(), "--verify", *options)
+    roost(test, "copy", server.uri(), server.uri())  # onto itself
+    run("nbdcopy", server.uri(), server.uri())
+
+    # One byte: of data, and in what is a hole at the source and data in the server's file.
+    extents = json.loads(roost(test, "info", server.uri(), "--map", "--json").stdout)
+    at = {kind: next(one["offset"] for one in extents if one["description"] == kind) + 77
+          for kind in ("data", "hole,zero")}
+    for kind, offset in at.items():
+        with open(source, "r+b") as file:
+            file.seek(offset)
+            byte = file.read(1)
+            file.seek(offset)
+            file.write(bytes([byte[0] ^ 1]))
+        refused = roost(test, "copy", source, server.uri(), code=1)
+        check("WRITE" in refused.stderr and "Input/output error" in refused.stderr,
+              f"a different byte of {kind}: {refused.stderr}")
+        check("does not match expected" in server.log(), f"nbdkit has no complaint: {server.log()}")
+        patchy_file(source)
+    with open(disk, "r+b") as file:
+        file.seek(at["hole,zero"])
+        file.write(b"x")
+    refused = roost(test, "copy", source, server.uri(), code=1)
+    check("WRITE_ZEROES" in refused.stderr, f"a hole over data: {refused.stderr}")
+
+
 def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
 
 
-@case(timeout_s=120)
-def roost_copy_with_nbd_server(test):
+def nbd_server(test, disk, **generic):
+    """nbd-server's socket; `generic`: more of its configuration."""
     program = need_program("nbd-server")
-    disk, path, pid_file = test.path("disk"), test.path("foreign"), test.path("pid")
-    sparse_file(disk, SIZE)
+    path, pid_file = test.path("foreign"), test.path("pid")
     with open(test.path("config"), "w") as config:
         # It listens on a port in any case.
         config.write(f"[generic]\nunixsock = {path}\nport = {free_port()}\n"
-                     "listenaddr = 127.0.0.1\nallowlist = true\n"
+                     "listenaddr = 127.0.0.1\nallowlist = true\n" +
+                     "".join(f"{key} = {value}\n" for key, value in generic.items()) +
                      f"[disk]\nexportname = {disk}\nflush = true\nfua = true\ntrim = true\n")
     # It goes into the background: staying, it would serve one client only.
     run(program, "-C", test.path("config"), "-p", pid_file)
@@ -220,7 +310,14 @@ def roost_copy_with_nbd_server(test):
     wait_until(lambda: os.path.exists(pid_file) and os.path.getsize(pid_file), "nbd-server's pid")
     test.defer(end)
     wait_until(lambda: connects(path), "nbd-server listens")
-    uri = f"nbd+unix:///disk?socket={path}"
+    return path
+
+
+@case(timeout_s=120)
+def roost_copy_with_nbd_server(test):
+    disk = test.path("disk")
+    sparse_file(disk, SIZE)
+    uri = f"nbd+unix:///disk?socket={nbd_server(test, disk)}"
     info = there_and_back(test, uri, disk)
     check_equal(info["replies"], "simple", "style of replies")
     listed = json.loads(roost(test, "info", uri, "--list", "--json").stdout)

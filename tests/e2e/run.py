@@ -24,8 +24,11 @@ import hostile  # noqa: F401
 import lifecycle  # noqa: F401
 import protocol  # noqa: F401
 import proxy  # noqa: F401
+import relays  # noqa: F401
 import scarcity  # noqa: F401
+import soak  # noqa: F401
 import tls  # noqa: F401
+import tls_client  # noqa: F401
 import tracing  # noqa: F401
 
 SKIPPED = 77  # ctest's SKIP_RETURN_CODE

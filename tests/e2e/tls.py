@@ -3,10 +3,13 @@
 there."""
 
 import os
+import random
+import socket
 
-from harness import (KIB, MIB, TRANSPORTS, case, check, check_equal, need_program, pattern_file,
-                     run, same_contents, sparse_file)
-from nbd_client import (OPT_GO, OPT_LIST, OPT_STARTTLS, REP_ACK, REP_ERR_UNSUP, Client,
+from clients import fio, fio_errors
+from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Failure, case, check, check_equal,
+                     need_program, pattern_file, run, same_contents, sparse_file)
+from nbd_client import (OPT_GO, OPT_LIST, OPT_STARTTLS, REP_ACK, REP_ERR_UNSUP, Client, Closed,
                         check_still_serves)
 
 DISK_SIZE = 8 * MIB
@@ -154,6 +157,9 @@ def check_tools_work(test, daemon, disk, uri, credentials):
     remote = qemu_image(test, daemon)
     run("qemu-img", "compare", "--object", credentials, "--image-opts", remote,
         f"driver=raw,file.driver=file,file.filename={disk}")
+    run("qemu-img", "convert", "-n", "--object", credentials, "--target-image-opts", "-f", "raw",
+        image, remote)
+    check(same_contents(image, disk), "what qemu-img sent is not what is on the disk")
     qemu_io(remote, "write -P 0x5a 1M 300k", "read -P 0x5a 1M 300k", "flush",
             credentials=credentials)
     with open(disk, "rb") as file:
@@ -217,6 +223,43 @@ def tls_by_shared_keys(test):
                     DISK_SIZE, "size for bob")
 
 
+@case(loops=EVENT_LOOPS, transports=("tcp",), timeout_s=120)
+def fio_verifies_over_tls(test):
+    """By a certificate in fio's home: it takes neither a folder nor a file of keys with the URI."""
+    authority, home = Authority(test), test.path("home")
+    server = authority.server(test)
+    authority.trust_in(f"{home}/.pki/libnbd")
+    # As root, libnbd looks in the system's folders only.
+    user = {}
+    if os.geteuid() == 0:
+        user = {"user": 65534, "group": 65534, "extra_groups": []}
+        os.chmod(test.folder, 0o755)
+        os.chown(home, 65534, 65534)
+
+    def verified(daemon, *options):
+        return fio(test, daemon.uri, "--rw=randwrite", "--bsrange=4k-64k", "--size=4M",
+                   "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", *options,
+                   cwd=home, env=dict(os.environ, HOME=home), **user)
+
+    with test.serve(f"mem:{DISK_SIZE}", "--tls-creds", server) as daemon:
+        jobs = fio_errors(verified(daemon, "--numjobs=2", "--offset_increment=4M", "--thread"))
+        check_equal(len(jobs), 2, "jobs")
+        for error, reads, writes in jobs:
+            check_equal(error, 0, "fio's error")
+            check(reads == writes > 50, f"fio did {reads} reads and {writes} writes")
+    # It does look whom it talks to.
+    stranger = Authority(test, "stranger")
+    os.unlink(f"{home}/.pki/libnbd/ca-cert.pem")
+    stranger.trust_in(f"{home}/.pki/libnbd")
+    with test.serve(f"mem:{DISK_SIZE}", "--tls-creds", server) as daemon:
+        try:
+            done = fio_errors(verified(daemon))
+        except Failure as refused:
+            check("certificate" in str(refused), f"fio says {refused}")
+        else:
+            raise Failure(f"fio believes a server that it does not trust: {done}")
+
+
 @case(transports=TRANSPORTS)
 def tls_allowed(test):
     """Each client as it likes."""
@@ -242,6 +285,40 @@ def tls_off(test):
             check_equal(client.option(OPT_STARTTLS)[-1][0], REP_ERR_UNSUP, "reply to STARTTLS")
             check_equal(client.option(OPT_LIST)[-1][0], REP_ACK, "reply to LIST")
         check_refused(daemon.uri.replace("nbd", "nbds", 1), "tls")
+
+
+@case(loops=EVENT_LOOPS, transports=TRANSPORTS, sanitized=True)
+def nonsense_in_a_handshake_ends_one_connection_only(test):
+    """Records that are whole, cut off, or of a kind that does not belong there, in pieces of any
+    size, by somebody who need not be anybody."""
+    authority, rng = Authority(test), random.Random(7)
+    with test.serve(f"mem:{DISK_SIZE}", "--tls-creds", authority.server(test)) as daemon:
+        for _ in range(200):
+            said = b""
+            for _ in range(rng.randrange(1, 5)):
+                kind = rng.choice((0x14, 0x15, 0x16, 0x16, 0x16, 0x17, rng.randrange(256)))
+                body = rng.choice((b"", rng.randbytes(rng.randrange(1, 40)),
+                                   bytes((rng.choice((1, 2, 11, 24)), 0, 0, rng.randrange(64))) +
+                                   rng.randbytes(rng.randrange(60))))
+                length = rng.choice((len(body), len(body), rng.randrange(1 << 16)))
+                said += bytes((kind, 3, rng.randrange(1, 4))) + length.to_bytes(2, "big") + body
+            with Client(plain(daemon.uri), negotiate=False) as client:
+                client.greet()
+                check_equal(client.option(OPT_STARTTLS)[-1][0], REP_ACK, "reply to STARTTLS")
+                try:
+                    if rng.random() < 0.3:
+                        cut = rng.randrange(len(said))
+                        client.send(said[:cut])
+                        said = said[cut:]
+                    client.send(said)
+                    if rng.random() < 0.3:
+                        client.socket.shutdown(socket.SHUT_WR)
+                        client.expect_closed()
+                except (Closed, OSError):  # it was quicker
+                    pass
+            check(daemon.alive(), f"{said!r} has ended the daemon: {daemon.describe()}")
+        encrypted = with_folder(daemon.uri, authority.trust_in(test.path("trusting")))
+        check_equal(int(run("nbdinfo", "--size", encrypted).stdout), DISK_SIZE, "size afterwards")
 
 
 @case()

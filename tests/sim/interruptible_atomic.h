@@ -14,8 +14,19 @@ namespace roost {
 using InterruptHook = void (*)() noexcept;
 inline InterruptHook interrupt_hook = nullptr;
 
-/// Counts the mutexes held by the simulated thread whose turn it is, which keeps it meanwhile.
+/// Called when the simulated thread whose turn it is begins to keep it, and when that ends.
+using KeepTurnHook = void (*)(bool begins) noexcept;
+inline KeepTurnHook keep_turn_hook = nullptr;
+
+/// Counts the reasons for that: mutexes that are held, and stops whose callbacks run.
 inline int uninterruptible = 0;
+
+inline void keep_turn() noexcept {
+  if (uninterruptible++ == 0 && keep_turn_hook) keep_turn_hook(true);
+}
+inline void stop_keeping_turn() noexcept {
+  if (--uninterruptible == 0 && keep_turn_hook) keep_turn_hook(false);
+}
 
 inline void maybe_interrupt() noexcept {
   if (interrupt_hook && uninterruptible == 0) interrupt_hook();
@@ -26,16 +37,25 @@ class InterruptibleMutex {
  public:
   void lock() noexcept {
     maybe_interrupt();
-    ++uninterruptible;
+    keep_turn();
   }
   bool try_lock() noexcept {
     lock();
     return true;
   }
   void unlock() noexcept {
-    --uninterruptible;
+    stop_keeping_turn();
     maybe_interrupt();
   }
+};
+
+/// What stands around the library's stops: see Simulation::Undisturbed.
+class Uninterrupted {
+ public:
+  Uninterrupted() noexcept { keep_turn(); }
+  ~Uninterrupted() { stop_keeping_turn(); }
+  Uninterrupted(const Uninterrupted&) = delete;
+  Uninterrupted& operator=(const Uninterrupted&) = delete;
 };
 
 template <class T>

@@ -58,7 +58,7 @@ struct Options {
 std::vector<Scenario> all_scenarios() {
   std::vector<Scenario> all;
   for (const auto& group : {runtime_scenarios(), device_scenarios(), sync_scenarios(),
-                            wait_scenarios(), nbd_scenarios()}) {
+                            wait_scenarios(), nbd_scenarios(), crash_scenarios()}) {
     all.insert(all.end(), group.begin(), group.end());
   }
   return all;
@@ -67,6 +67,7 @@ std::vector<Scenario> all_scenarios() {
 // ---- One run
 
 Simulation* running = nullptr;
+std::optional<Simulation::Undisturbed> kept_turn;
 
 struct Ran {
   std::uint64_t hash;
@@ -97,11 +98,19 @@ Ran run(const Scenario& scenario, std::uint64_t seed, bool trace, Counters& coun
   interrupt_hook = []() noexcept {
     if (running->random().one_in(8)) running->interrupt();
   };
+  keep_turn_hook = [](bool begins) noexcept {
+    if (begins) {
+      kept_turn.emplace(*running);
+    } else {
+      kept_turn.reset();
+    }
+  };
   {
     SimulatedMachine machine(simulation);
     scenario.run(simulation, machine, counters);
   }
   interrupt_hook = nullptr;
+  keep_turn_hook = nullptr;
   simulation.run();
   return {simulation.hash(), simulation.events(), simulation.now_ns()};
 }

@@ -12,10 +12,10 @@
 #include "contexts.h"
 #include "roost/aio/timer.h"
 #include "roost/export/nbd_server.h"
-#include "roost/io/socket_channel.h"
 #include "roost/nbd/client.h"
 #include "roost/sync/co_event.h"
 #include "scenario.h"
+#include "simulated_socket.h"
 
 namespace roost::sim {
 
@@ -25,27 +25,6 @@ constexpr std::size_t kRegion = 12 << 10;  // of one worker, which nobody else w
 constexpr std::size_t kClients = 2;
 constexpr std::size_t kWorkers = 3;  // on each client
 constexpr unsigned kSteps = 12;      // of each worker
-
-// A socket of the simulation.
-class SimulatedSocket final : public SocketChannel {
- public:
-  SimulatedSocket(Simulation& simulation, int fd, std::string name,
-                  std::shared_ptr<bool> gone = nullptr)
-      : SocketChannel(UniqueFd(fd), std::move(name)),
-        simulation_(simulation),
-        gone_(std::move(gone)) {}
-  ~SimulatedSocket() override {
-    simulation_.close(release_fd());
-    if (gone_) *gone_ = true;
-  }
-
-  void abort() noexcept override { simulation_.shut_down(fd()); }
-  Task<void> linger(std::int64_t, std::stop_token) override { co_return; }
-
- private:
-  Simulation& simulation_;
-  const std::shared_ptr<bool> gone_;
-};
 
 // What a byte of a region may be: more than one thing after a write whose fate is not known.
 class Oracle {

@@ -37,5 +37,6 @@ std::span<const Scenario> device_scenarios();
 std::span<const Scenario> sync_scenarios();
 std::span<const Scenario> wait_scenarios();
 std::span<const Scenario> nbd_scenarios();
+std::span<const Scenario> crash_scenarios();
 
 }  // namespace roost::sim

@@ -159,6 +159,10 @@ class AioContext final : private AioContextIndex, public CoContext {
   /// it does so itself before it sleeps, and no more threads are awake than there are CPUs.
   bool may_wait_busily() const noexcept;
 
+  /// Whether it is going to, when there is nothing else to do: busy waits have paid lately. Home
+  /// thread.
+  bool waits_busily() const noexcept { return spin_ns_ > 0 && may_wait_busily(); }
+
   /// Any thread.
   const Clock& clock() const noexcept { return *options_.clock; }
   /// For Timer. Home thread.

@@ -62,6 +62,10 @@ class BackEnd {
   /// Whether poll(0) would find something. Called in a busy loop.
   virtual bool ready() noexcept = 0;
 
+  /// Tries what is held back for a busy wait, with system calls; true if something came of it, and
+  /// poll(0) will find it. Called in a busy loop, less often than ready().
+  virtual bool try_held() noexcept { return false; }
+
   /// Executes the request at once if that cannot block.
   virtual bool try_now(IoRequest& request) = 0;
 

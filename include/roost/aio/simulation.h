@@ -180,6 +180,11 @@ class Simulation {
   /// What is in flight fails with EIO.
   void crash_disk(int fd);
 
+  /// The process that had the disk at `fd` is gone, or its whole machine (`power_lost`: as
+  /// crash_disk()). What it had in flight may have been carried out; from now on all it tries there
+  /// fails with EIO. Returns a new descriptor, at which the next one has the disk.
+  int take_disk_over(int fd, bool power_lost);
+
   /// The next operation of that kind on the disk fails with this errno.
   void fail_next(int fd, IoRequest::Op op, int error);
 

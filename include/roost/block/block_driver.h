@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -36,6 +37,12 @@ struct Extent {
   bool zero;             // reads as zeroes
 
   bool operator==(const Extent&) const = default;
+};
+
+/// Where bytes of a disk lie. A value; the descriptor is the disk's.
+struct FileLocation {
+  int fd;
+  std::uint64_t offset;
 };
 
 /// A disk. The file's head says who may call it, and how it fails.
@@ -80,6 +87,11 @@ class BlockDriver {
   /// REQUIRES: length > 0, max_extents > 0.
   virtual Task<Result<std::vector<Extent>>> block_status(std::uint64_t offset, std::uint64_t length,
                                                          std::size_t max_extents);
+
+  /// A file that holds what read() would give, all of it in memory now: who can send parts of files
+  /// without copying need not read. None, if it is not so, or not worth asking. What is written to
+  /// the range afterwards is seen by who looks later.
+  virtual std::optional<FileLocation> in_page_cache(std::uint64_t offset, std::uint64_t length);
 
   /// The range is going to be read soon. Advice: a disk without a cache does nothing.
   virtual Task<Result<void>> cache(std::uint64_t offset, std::uint64_t length);

@@ -54,6 +54,13 @@ class AioContext;
 /// The part of a stream that shutdown() ends.
 enum class StreamEnd : std::uint8_t { kRead, kWrite, kBoth };
 
+/// A part of a file. The descriptor belongs to somebody else.
+struct FilePart {
+  int fd;
+  std::uint64_t offset;
+  std::uint64_t length;  // in bytes
+};
+
 /// A byte stream. The file's head says who may use it, and how it moves.
 class Channel {
  public:
@@ -94,6 +101,16 @@ class Channel {
   Task<Result<void>> writev_in_place(std::span<iovec> from, std::stop_token stop = {},
                                      std::size_t* sent = nullptr);
 
+  /// Whether send_file() hands the pages of a file over without copying them. Constant.
+  virtual bool can_send_files() const noexcept { return false; }
+
+  /// Writes a part of a file to the stream, as write_full() otherwise. The peer gets what the file
+  /// holds at some moment from now until it has read it. What of it is not in the page cache is
+  /// waited for: the caller knows that it is there, or has the time. ENODATA: the file ended
+  /// before; what had been sent is sent. REQUIRES: can_send_files().
+  Task<Result<void>> send_file(FilePart part, std::stop_token stop = {},
+                               std::size_t* sent = nullptr);
+
   /// Ends a direction. kWrite is a last operation of the writer: the peer reads to the end of what
   /// was written, and then gets the end of the stream. kRead and kBoth may come while others wait,
   /// on the context that the channel is attached to: what waits returns, reads with the end of the
@@ -129,6 +146,8 @@ class Channel {
   virtual Task<Result<std::size_t>> do_writev(std::span<const iovec> from, bool all,
                                               std::stop_token stop) = 0;
   virtual Task<Result<void>> do_shutdown(StreamEnd end, std::stop_token stop) = 0;
+  // Some of the part, at least one byte. Where can_send_files() is true.
+  virtual Task<Result<std::size_t>> do_send_file(FilePart part, std::stop_token stop);
 
   /// Makes what waits return to its loop, which awaits arrive() and tries again. On the context it
   /// waits on, which the channel is not attached to any more.

@@ -34,6 +34,10 @@ class SocketChannel : public Channel {
   void abort() noexcept override;
   Task<void> linger(std::int64_t limit_ns, std::stop_token stop = {}) override;
 
+  /// True of a unix socket: it passes references to the pages on. (TCP does, too; but over loopback
+  /// that costs more than the copy, and who sends cannot know what is on the way.)
+  bool can_send_files() const noexcept override { return local_; }
+
   int fd() const noexcept { return fd_.get(); }
 
   /// Sends descriptors, at most kMaxDescriptors, over a unix socket, beside the first byte of
@@ -56,6 +60,7 @@ class SocketChannel : public Channel {
   Task<Result<std::size_t>> do_writev(std::span<const iovec> from, bool all,
                                       std::stop_token stop) override;
   Task<Result<void>> do_shutdown(StreamEnd end, std::stop_token stop) override;
+  Task<Result<std::size_t>> do_send_file(FilePart part, std::stop_token stop) override;
   void interrupt(AioContext& to) override;
 
   /// For a descriptor that is no real one: the subclass closes it.
@@ -65,6 +70,8 @@ class SocketChannel : public Channel {
   Task<Result<std::size_t>> receive(msghdr& message, int flags, std::stop_token stop);
 
   UniqueFd fd_;
+  const bool local_;             // a unix socket
+  bool sends_files_ = false;     // its buffer has been enlarged for them: for the writer
   std::array<IoSlot, 2> slots_;  // what waits, by direction
   bool more_is_likely_ = false;  // to be received: for the reader
   // What comes and goes beside the bytes of the operation that is under way.

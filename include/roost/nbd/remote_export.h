@@ -17,8 +17,9 @@
 // - Reads, BLOCK_STATUS, CACHE and FLUSH are sent again. (One that was lost ten times is not.)
 // - Writes (WRITE, WRITE_ZEROES, TRIM) that were acknowledged, but not covered by a FLUSH that
 //   succeeded, nor by FUA, may be lost: the server may have been restarted, whichever connection
-//   it was that broke. They are kept, up to `keep_bytes`, and sent again in their order before a
-//   connection that came back is used, and while no other request is in flight.
+//   it was that broke. They are kept, up to `keep_bytes`, and sent again before a connection that
+//   came back is used, and while no other request is in flight: what of them no later write has
+//   written over, so that what is there never goes back to what was there before.
 // - What of them was not kept may be lost: the next FLUSH after the reconnect fails, once, with
 //   EIO, and says so.
 // - A write that was not acknowledged fails with ECONNRESET: it may have been carried out. With
@@ -57,10 +58,7 @@
 #include "roost/coro/task.h"
 #include "roost/nbd/client.h"
 #include "roost/sync/co_queue.h"
-
-namespace roost {
-class StopScope;
-}
+#include "roost/sync/stop_scope.h"
 
 namespace roost::nbd {
 
@@ -141,7 +139,8 @@ class RemoteExport {
   struct Request;
   struct Connection;
 
-  // A write that may have to be sent again.
+  // A write that may have to be sent again; or, with FUA, one that older ones may not be sent over,
+  // and which has no data.
   struct Kept {
     std::uint64_t number;  // of its acknowledgement
     Command command;
@@ -149,6 +148,13 @@ class RemoteExport {
     std::uint64_t offset;
     std::uint64_t length;
     std::vector<std::byte> data;
+    bool dropped = false;
+  };
+  // What has to be sent again of one.
+  struct Piece {
+    const Kept* of;
+    std::uint64_t offset;
+    std::uint64_t length;
   };
 
   RemoteExport(Connect connect, const RemoteExportOptions& options);
@@ -163,6 +169,8 @@ class RemoteExport {
   void send_again(Request& request);
   std::optional<std::vector<std::byte>> copy_of(const Request& request) const;
   void keep(const ClientRequest& what, std::optional<std::vector<std::byte>> data);
+  void drop_older(std::uint64_t offset, std::uint64_t length);
+  std::vector<Piece> still_kept() const;
   std::optional<Error> all_given_up() const;
 
   Task<void> look_after(Connection& connection);
@@ -180,7 +188,7 @@ class RemoteExport {
   std::atomic<std::uint64_t> size_{0};                    // any thread reads; resize() writes
   std::atomic<std::size_t> turn_{0};                      // any thread
   std::vector<std::unique_ptr<Connection>> connections_;  // constant once it is open
-  std::stop_source closing_source_;
+  StopScope closing_scope_;
 
   mutable Mutex mutex_;  // guards the following, and the connections
   bool closing_ = false;
