@@ -27,6 +27,27 @@ function(roost_add_layer name)
     PUBLIC ${ARG_DEPENDS}
     PRIVATE $<BUILD_INTERFACE:roost_options> ${ARG_PRIVATE_DEPENDS})
   set_property(GLOBAL APPEND PROPERTY ROOST_LAYERS roost_${name})
+  # Builds without it show that each source has what it needs by itself.
+  if(ROOST_UNITY)
+    roost_unite(roost_${name})
+  endif()
+endfunction()
+
+# roost_unite(TARGET): its sources are compiled a layer at a time. Their headers are then read once,
+# which is most of the work.
+function(roost_unite target)
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
+  get_target_property(sources ${target} SOURCES)
+  foreach(source IN LISTS sources)
+    cmake_path(ABSOLUTE_PATH source NORMALIZE OUTPUT_VARIABLE path)
+    cmake_path(GET path PARENT_PATH folder)
+    cmake_path(GET folder FILENAME layer)
+    set_source_files_properties(${source} PROPERTIES UNITY_GROUP ${layer})
+  endforeach()
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    # To GCC such a source is a header, which should have no anonymous namespace.
+    target_compile_options(${target} PRIVATE -Wno-subobject-linkage)
+  endif()
 endfunction()
 
 # roost_describe_to_debuggers(source...)

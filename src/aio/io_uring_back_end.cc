@@ -32,7 +32,7 @@ constexpr unsigned kMaxReaped = 256;
 
 // Sends and receives that one iteration may make at once before they have to queue, so that a
 // coroutine whose sends never block does not keep the loop to itself.
-constexpr unsigned kMaxImmediate = 64;
+constexpr unsigned kMaxImmediateInRow = 64;
 
 // Iterations that a held receive may wait for the busy wait that was expected.
 constexpr unsigned kMaxHeldPolls = 2;
@@ -148,7 +148,7 @@ class IoUringBackEnd final : public BackEnd {
   // within the call that submits them.
   bool try_now(IoRequest& request) override {
     if (request.op != IoRequest::Op::kSendMsg && !request.likely) return false;
-    if (immediate_ >= kMaxImmediate) return false;
+    if (immediate_ >= kMaxImmediateInRow) return false;
     request.result = request.execute(true);
     if (request.result == -EAGAIN) return false;
     ++immediate_;

@@ -13,7 +13,7 @@ namespace roost {
 
 namespace {
 
-constexpr std::size_t kZeroChunk = 1 << 20;
+constexpr std::size_t kZeroStep = 1 << 20;
 
 class NbdDisk final : public BlockDriver {
  public:
@@ -64,7 +64,7 @@ class NbdDisk final : public BlockDriver {
       co_return zeroed;
     }
     if (flags.fast) co_return fail(ENOTSUP, "zero " + name() + " quickly");
-    const std::vector<std::byte> zeroes(std::min<std::uint64_t>(length, kZeroChunk));
+    const std::vector<std::byte> zeroes(std::min<std::uint64_t>(length, kZeroStep));
     while (length > 0) {
       const std::size_t part = std::min<std::uint64_t>(length, zeroes.size());
       const iovec piece{const_cast<std::byte*>(zeroes.data()), part};

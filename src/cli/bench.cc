@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -18,6 +19,7 @@
 #include "cli/latency.h"
 #include "cli/progress.h"
 #include "cli/runtime.h"
+#include "roost/aio/poll_budget.h"
 #include "roost/base/random.h"
 #include "roost/nbd/target.h"
 #include "roost/sync/task_group.h"
@@ -286,9 +288,10 @@ int bench(const BenchCommand& command) {
     return kUsageError;
   }
   try {
-    // Who polls never sleeps while a request is in flight.
+    // Who polls never sleeps while a request is in flight, however few CPUs there are.
+    PollBudget unlimited(std::numeric_limits<int>::max());
     Runtime runtime(std::min(command.iothreads, command.connections), EventLoop::kAuto,
-                    command.poll ? std::int64_t{10'000'000'000} : std::int64_t{0});
+                    command.poll ? std::int64_t{10'000'000'000} : std::int64_t{0}, &unlimited);
     Benchmark benchmark(runtime, command, *size);
     return runtime.run(benchmark.run());
   } catch (const std::exception& e) {

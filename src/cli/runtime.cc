@@ -41,12 +41,14 @@ void report(const std::string& line) {
 }
 
 // Signals are blocked before any thread starts, so that every thread inherits that.
-Runtime::Runtime(unsigned iothreads, EventLoop event_loop, std::int64_t poll_max_ns)
+Runtime::Runtime(unsigned iothreads, EventLoop event_loop, std::int64_t poll_max_ns,
+                 PollBudget* poll_budget)
     : signals_(take_signals()) {
   const auto options = [&](std::string name) {
     return AioContextOptions{.name = std::move(name),
                              .event_loop = event_loop,
                              .poll_max_ns = poll_max_ns,
+                             .poll_budget = poll_budget,
                              .thread_pool = pool_};
   };
   AioContextOptions main_options = options("main");

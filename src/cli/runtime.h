@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "roost/aio/iothread.h"
+#include "roost/aio/poll_budget.h"
 #include "roost/aio/thread_pool.h"
 #include "roost/block/block_driver.h"
 
@@ -28,9 +29,10 @@ void report(const std::string& line);
 /// The contexts and threads of one command.
 class Runtime {
  public:
-  /// Throws std::system_error. `poll_max_ns` is the I/O threads' longest busy wait.
+  /// Throws std::system_error. `poll_max_ns` is the I/O threads' longest busy wait,
+  /// and `poll_budget`, which outlives this, says how many may; null: the process's.
   explicit Runtime(unsigned iothreads, EventLoop event_loop = EventLoop::kAuto,
-                   std::int64_t poll_max_ns = 100'000);
+                   std::int64_t poll_max_ns = 100'000, PollBudget* poll_budget = nullptr);
   ~Runtime();
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;

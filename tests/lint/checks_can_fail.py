@@ -78,6 +78,8 @@ BAD = [
      "include/roost/base/c.h does not compile alone"),
     ("check-headers", {"include/roost/base/c.h": "inline int c() { return 1; }\n"},
      "include/roost/base/c.h does not compile alone"),
+    ("check-headers", {"include/roost/aio/b.h": "int b();\n"},
+     "include/roost/aio/b.h has no #pragma once"),
     ("check-guide", guide("int a() {\n  // two"), "docs/GUIDE.md:3: not in examples/guide/a.cc"),
     ("check-guide", guide("int a() {\n  return 1;"), "docs/GUIDE.md:3: not in"),
     ("check-guide", guide("  return 1;\n...\nint a() {"), "docs/GUIDE.md:3: not in"),
