@@ -629,8 +629,7 @@ Task<void> RemoteExport::reconnect(Connection& connection) {
 
 // Sends the kept writes, with nothing else in flight, and puts the connection to use.
 Task<Result<void>> RemoteExport::come_back(Connection& connection, Client client,
-                                           std::int64_t give_up_at,
-                                           std::uint64_t broken_before) {
+                                           std::int64_t give_up_at, std::uint64_t broken_before) {
   if (Result<void> same = compare(*client); !same) co_return same;
   StopScope scope(closing_scope_.token());
   bool over = false;
