@@ -147,8 +147,9 @@ struct NbdConnection::WritePayload {
   BufferCache* cache;
 };
 
-NbdConnection::NbdConnection(NbdServer& server, std::unique_ptr<Channel> channel)
-    : server_(server), peer_(channel->name()), channel_(std::move(channel)) {}
+NbdConnection::NbdConnection(NbdServer& server, std::unique_ptr<Channel> channel,
+                             std::uint64_t number)
+    : server_(server), number_(number), peer_(channel->name()), channel_(std::move(channel)) {}
 
 NbdConnection::~NbdConnection() {
   static_assert(offsetof(Reply, header) + nbd::kMaxDataHeader == sizeof(Reply));

@@ -31,7 +31,7 @@ namespace roost {
 
 class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
  public:
-  NbdConnection(NbdServer& server, std::unique_ptr<Channel> channel);
+  NbdConnection(NbdServer& server, std::unique_ptr<Channel> channel, std::uint64_t number);
   ~NbdConnection();
 
   /// The reader: serves the client to its end. The root task of the connection's coroutine.
@@ -42,6 +42,9 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
 
   /// Nothing is sent any more, either.
   void disconnect() noexcept;
+
+  /// Of the server's connections, in the order in which they came.
+  std::uint64_t number() const noexcept { return number_; }
 
   /// Who it is, for messages.
   const std::string& peer() const noexcept { return peer_; }
@@ -96,6 +99,7 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   bool receiving() const noexcept { return !stop_.stopped(); }
 
   NbdServer& server_;
+  const std::uint64_t number_;
   const std::string peer_;
 
   // Any thread. The second is stopped with the first.

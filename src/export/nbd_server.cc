@@ -140,8 +140,8 @@ Result<void> NbdServer::remove_export(std::string_view name, Removal removal,
   exported->hidden = true;
   publish_exports();
   if (removal == Removal::kNow) {
-    for (const auto& [connection, place] : connections_) {
-      if (place.exported == exported) connection->disconnect();
+    for (const auto& [number, served] : connections_) {
+      if (served.place.exported == exported) served.connection->disconnect();
     }
   }
   forget_if_unused(*exported);
@@ -174,7 +174,7 @@ NbdServer::Entry NbdServer::enter(NbdConnection& connection, std::uint64_t expor
   const auto least = std::ranges::min_element(exported.clients);
   ++*least;
   place = {&exported, static_cast<std::size_t>(least - exported.clients.begin())};
-  connections_.find(connection.shared_from_this())->second = place;
+  connections_.find(connection.number())->second.place = place;
   return Entry::kEntered;
 }
 
@@ -244,14 +244,15 @@ void NbdServer::serve(UniqueFd client) {
 }
 
 void NbdServer::serve(std::unique_ptr<Channel> client) {
-  auto connection = std::make_shared<NbdConnection>(*this, std::move(client));
+  auto connection = std::make_shared<NbdConnection>(*this, std::move(client), next_connection_++);
   Coroutine* const co = Coroutine::create(NbdConnection::run(connection), "nbd connection");
   bool welcome = false;
   bool full = false;
   try {
     std::lock_guard lock(mutex_);
     full = options_.max_connections > 0 && connections_.size() >= options_.max_connections;
-    welcome = !stopping_ && !full && connections_.try_emplace(connection).second;
+    welcome =
+        !stopping_ && !full && connections_.try_emplace(connection->number(), connection).second;
   } catch (...) {
     Coroutine::destroy(co);
     throw;
@@ -270,8 +271,8 @@ void NbdServer::serve(std::unique_ptr<Channel> client) {
 
 void NbdServer::connection_ended(NbdConnection& connection) {
   std::lock_guard lock(mutex_);
-  const auto found = connections_.find(connection.shared_from_this());
-  const Place place = found->second;
+  const auto found = connections_.find(connection.number());
+  const Place place = found->second.place;
   connections_.erase(found);
   if (place.exported) {
     --place.exported->clients[place.context];
@@ -286,7 +287,7 @@ void NbdServer::stop(std::function<void()> on_idle) {
   listeners_.clear();
   std::lock_guard lock(mutex_);
   stopping_ = true;
-  for (const auto& [connection, place] : connections_) connection->stop();
+  for (const auto& [number, served] : connections_) served.connection->stop();
   if (connections_.empty()) {
     schedule_oneshot(*options_.main_context, std::move(on_idle));
   } else {
@@ -296,7 +297,7 @@ void NbdServer::stop(std::function<void()> on_idle) {
 
 void NbdServer::disconnect_all() {
   std::lock_guard lock(mutex_);
-  for (const auto& [connection, place] : connections_) connection->disconnect();
+  for (const auto& [number, served] : connections_) served.connection->disconnect();
 }
 
 std::size_t NbdServer::connections() const {

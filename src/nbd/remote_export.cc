@@ -596,13 +596,19 @@ Task<void> RemoteExport::reconnect(Connection& connection) {
     }
     connection.delay_ns =
         std::clamp(2 * connection.delay_ns, options_.first_delay_ns, options_.longest_delay_ns);
+    std::uint64_t broken_before = 0;
+    {
+      const std::lock_guard lock(mutex_);
+      broken_before = broken_replays_;
+    }
     StopScope scope(closing);
     auto connecting = connect_(scope.token());
     Result<std::unique_ptr<NbdClient>> made =
         co_await with_deadline(give_up_at, scope, std::move(connecting));
     if (made) {
       const Client client = std::move(*made);
-      const Result<void> back = co_await come_back(connection, client, give_up_at);
+      auto coming = come_back(connection, client, give_up_at, broken_before);
+      const Result<void> back = co_await std::move(coming);
       if (back) co_return;
       last = back.error();
       co_await say_goodbye(client, 0);
@@ -623,11 +629,11 @@ Task<void> RemoteExport::reconnect(Connection& connection) {
 
 // Sends the kept writes, with nothing else in flight, and puts the connection to use.
 Task<Result<void>> RemoteExport::come_back(Connection& connection, Client client,
-                                           std::int64_t give_up_at) {
+                                           std::int64_t give_up_at, std::uint64_t broken_before) {
   if (Result<void> same = compare(*client); !same) co_return same;
   StopScope scope(closing_scope_.token());
   bool over = false;
-  auto replaying = replay(connection, client, scope, over);
+  auto replaying = replay(connection, client, broken_before, scope, over);
   auto watching = cut_off_late(client, scope.token(), give_up_at, over);
   co_return co_await when_all(scope, std::move(replaying), std::move(watching));
 }
@@ -643,8 +649,38 @@ Task<Result<void>> RemoteExport::cut_off_late(Client client, std::stop_token sto
   co_return Result<void>();
 }
 
-Task<Result<void>> RemoteExport::replay(Connection& connection, Client client, StopScope& scope,
-                                        bool& over) {
+Task<bool> RemoteExport::answers(NbdClient& client, std::stop_token stop) {
+  // Every server reads, and it changes nothing; an error is an answer, too.
+  std::vector<std::byte> buffer(std::max<std::uint64_t>(outcome_.min_block, 1));
+  StopScope scope(std::move(stop));
+  scope.set_deadline(AioContext::current()->clock().now_ns() + options_.goodbye_timeout_ns);
+  auto reading = client.read(0, buffer, scope.token(), WhenStopped::kLeave);
+  const Result<void> done = co_await std::move(reading);
+  co_return done || (client.state() && !scope.stopped() && done.error().code() != ESHUTDOWN);
+}
+
+// Whether the server is the one that has all that is kept. A connection in use was there when that
+// was acknowledged, or it was sent again over it: where one answers, nothing was lost, and to send
+// it again would only be a risk. Those that do not answer are lost. With exclusive_ set and nothing
+// in flight.
+Task<bool> RemoteExport::another_answers(std::stop_token stop) {
+  std::unique_lock lock(mutex_);
+  for (const auto& one : connections_) {
+    const Client client = one->client;
+    if (!client) continue;
+    lock.unlock();
+    auto asking = answers(*client, stop);
+    const bool answered = co_await std::move(asking);
+    if (answered || stop.stop_requested()) co_return answered;
+    lock.lock();
+    if (one->client == client) lose(*one);
+    work_.wake_all();
+  }
+  co_return false;
+}
+
+Task<Result<void>> RemoteExport::replay(Connection& connection, Client client,
+                                        std::uint64_t broken_before, StopScope& scope, bool& over) {
   std::unique_lock lock(mutex_);
   while (exclusive_) co_await changed_.wait(lock);
   exclusive_ = true;
@@ -654,13 +690,25 @@ Task<Result<void>> RemoteExport::replay(Connection& connection, Client client, S
     if (!client->state()) done = fail(ETIMEDOUT, "requests over other connections do not end");
     if (done) co_await changed_.wait(lock);
   }
+  if (done && broken_replays_ != broken_before) {
+    done = fail(ECONNRESET, "another connection was lost while writes were sent again over it");
+  }
   std::vector<Piece> pieces;
   if (done) pieces = still_kept();
+  const bool unkept = unkept_ever_ > unkept_settled_;
   // Nobody else changes them meanwhile.
   lock.unlock();
+  bool lived = false;
+  if (done && (unkept || !pieces.empty())) {
+    auto asking = another_answers(scope.token());
+    lived = co_await std::move(asking);
+    if (lived) pieces.clear();
+    if (scope.stopped()) done = fail(ESHUTDOWN, "the export is being closed");
+  }
   const Kept* last = nullptr;
   std::uint64_t replayed = 0;
   for (const Piece& piece : pieces) {
+    if (!done) break;
     const Kept& one = *piece.of;
     switch (one.command) {
       case Command::kWrite: {
@@ -682,8 +730,10 @@ Task<Result<void>> RemoteExport::replay(Connection& connection, Client client, S
   lock.lock();
   statistics_.replayed += replayed;
   exclusive_ = false;
+  // What it was sent last may still be carried out.
+  if (!done && !pieces.empty() && !client->state()) ++broken_replays_;
   if (done) {
-    if (unkept_ever_ > unkept_settled_) {
+    if (unkept && !lived) {
       unkept_settled_ = unkept_ever_;
       lost_writes_ =
           Error(EIO, "writes that were acknowledged before the connection was lost may be lost");

@@ -283,6 +283,10 @@ class RemoteExportTest : public testing::Test {
     return buffer;
   }
 
+  std::ptrdiff_t writes_sent() const {
+    return std::ranges::count_if(server_.log, [](auto& s) { return s.starts_with("WRITE"); });
+  }
+
   /// And the client sees it.
   void hang_up() {
     server_.hang_up();
@@ -530,16 +534,95 @@ TEST_F(RemoteExportTest, SendsUnacknowledgedWritesAgainIfItMayAndNothingThatOver
   EXPECT_EQ(server_.cache.substr(0, 8), "aabbcccc");
 }
 
-TEST_F(RemoteExportTest, AllConnectionsUnflushedWritesCountAsLost) {
+TEST_F(RemoteExportTest, AllConnectionsUnflushedWritesCountAsLostOnce) {
   open(2);
   EXPECT_EQ(export_->connections(), 2u);
   for (int i = 0; i < 4; ++i) EXPECT_EQ(write(4 * static_cast<unsigned>(i), "aaaa"), 0);
   server_.log.clear();
-  server_.lines[0]->channel->abort();
+  server_.crash();
   settle();
   EXPECT_EQ(read(0, 4), "aaaa");
   EXPECT_EQ(read(0, 4), "aaaa");
-  EXPECT_EQ(std::ranges::count_if(server_.log, [](auto& s) { return s.starts_with("WRITE"); }), 4);
+  EXPECT_EQ(export_->statistics().reconnected, 2u);
+  EXPECT_EQ(writes_sent(), 4);
+}
+
+TEST_F(RemoteExportTest, SendsNothingAgainToAServerThatAnswersOverAnotherConnection) {
+  for (const bool kept : {true, false}) {
+    SCOPED_TRACE(kept);
+    server_ = Server();
+    options_.keep_bytes = kept ? 1000 : 0;
+    open(2);
+    EXPECT_EQ(write(0, "aaaa"), 0);  // over the first
+    server_.log.clear();
+    server_.lines[0]->channel->abort();
+    settle();
+    // If they were sent again, and held up, what comes after it would come before it.
+    when("WRITE 0+4 a", Answer::kNo);
+    EXPECT_EQ(read(0, 4), "aaaa");
+    EXPECT_EQ(write(0, "bbbb"), 0);
+    EXPECT_EQ(export_->statistics().reconnected, 1u);
+    EXPECT_EQ(writes_sent(), 1);
+    EXPECT_EQ(flush(), 0);
+    // The second was there all the time; so is the third now.
+    well();
+    EXPECT_EQ(write(8, "cccc"), 0);
+    EXPECT_EQ(write(16, "dddd"), 0);
+    server_.crash();
+    settle();
+    EXPECT_EQ(read(0, 20), kept ? "bbbb....cccc....dddd" : "bbbb................");
+    EXPECT_EQ(flush(), kept ? 0 : EIO);
+    EXPECT_EQ(flush(), 0);
+    close();
+  }
+}
+
+TEST_F(RemoteExportTest, AConnectionThatDoesNotAnswerTellsNothingOfTheServer) {
+  options_.goodbye_timeout_ns = 100 * kMs;
+  open(2);
+  EXPECT_EQ(write(0, "aaaa"), 0);            // over the first
+  EXPECT_EQ(code(export_->cache(0, 4)), 0);  // over the second
+  server_.lines[0]->channel->abort();
+  settle();
+  server_.log.clear();
+  when("READ 0+1", Answer::kNo);
+  EXPECT_EQ(code(export_->cache(0, 4)), 0);  // finds the first lost
+  std::optional<Done> written;
+  start(writing(0, "bbbb"), written);
+  EXPECT_FALSE(written);
+  pass(101 * kMs);
+  finish(written);
+  EXPECT_TRUE(*written);
+  ASSERT_GE(server_.log.size(), 4u);
+  EXPECT_EQ(Log(server_.log.begin(), server_.log.begin() + 4),
+            (Log{"CACHE 0+4", "READ 0+1", "WRITE 0+4 a", "WRITE 0+4 b"}));
+  EXPECT_EQ(export_->statistics().lost, 2u);
+}
+
+TEST_F(RemoteExportTest, AfterAReplayThatBrokeOffOnlyNewConnectionsAreUsed) {
+  open(2);
+  EXPECT_EQ(write(0, "aaaa"), 0);
+  server_.log.clear();
+  when("WRITE 0+4 a", Answer::kNo);  // it may be carried out later
+  server_.crash();
+  settle();
+  std::optional<Done> written;
+  start(writing(0, "bbbb"), written);  // finds both lost
+  ASSERT_EQ(server_.tries, 4);
+  EXPECT_EQ(server_.log, (Log{"WRITE 0+4 a"}));
+  const std::size_t first = server_.lines[2]->requests > 0 ? 2 : 3;
+  server_.refuses = true;
+  well();
+  server_.lines[first]->channel->abort();
+  settle();
+  EXPECT_EQ(server_.lines[5 - first]->requests, 0);
+  EXPECT_EQ(writes_sent(), 1);
+  server_.refuses = false;
+  pass(1000 * kMs);
+  finish(written);
+  EXPECT_TRUE(*written);
+  EXPECT_EQ(server_.log[1], "WRITE 0+4 a");
+  EXPECT_EQ(server_.cache.substr(0, 4), "bbbb");
 }
 
 TEST_F(RemoteExportTest, OthersServeWhileOneIsDown) {

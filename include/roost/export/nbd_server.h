@@ -18,12 +18,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "roost/aio/aio_context.h"
@@ -151,6 +151,11 @@ class NbdServer {
     std::size_t context = 0;  // its place in io_contexts
   };
 
+  struct Served {
+    std::shared_ptr<NbdConnection> connection;
+    Place place{};
+  };
+
   enum class Entry : std::uint8_t { kEntered, kGone, kBusy };
 
   void accept_some(Listener& listener);
@@ -175,10 +180,12 @@ class NbdServer {
   // Main thread.
   std::vector<std::unique_ptr<Listener>> listeners_;
   std::size_t next_context_ = 0;
+  std::uint64_t next_connection_ = 1;
   std::uint64_t next_export_id_ = 1;
 
   mutable RealPlatform::Mutex mutex_;  // guards the rest
-  std::unordered_map<std::shared_ptr<NbdConnection>, Place> connections_;
+  // By number: what is done to all of them is done in the order in which they came.
+  std::map<std::uint64_t, Served> connections_;
   std::vector<std::unique_ptr<ActiveExport>> exports_;
   std::shared_ptr<const nbd::ExportSet> visible_exports_;  // what new clients are told
   bool stopping_ = false;

@@ -16,12 +16,17 @@
 //
 // - Reads, BLOCK_STATUS, CACHE and FLUSH are sent again. (One that was lost ten times is not.)
 // - Writes (WRITE, WRITE_ZEROES, TRIM) that were acknowledged, but not covered by a FLUSH that
-//   succeeded, nor by FUA, may be lost: the server may have been restarted, whichever connection
-//   it was that broke. They are kept, up to `keep_bytes`, and sent again before a connection that
-//   came back is used, and while no other request is in flight: what of them no later write has
-//   written over, so that what is there never goes back to what was there before.
-// - What of them was not kept may be lost: the next FLUSH after the reconnect fails, once, with
-//   EIO, and says so.
+//   succeeded, nor by FUA, may be lost: the server may have been restarted. They are kept, up to
+//   `keep_bytes`, and sent again before a connection that came back is used, and while no other
+//   request is in flight: what of them no later write has written over, so that what is there never
+//   goes back to what was there before. A server that still answers over another connection was not
+//   restarted; nothing is sent again then. (Connections to one export are to one server, or to
+//   several that lose their writes together.)
+// - What of them was not kept may be lost as well: the next FLUSH after the reconnect fails, once,
+//   with EIO, and says so.
+// - A connection may be lost while writes are sent again over it: from then on only connections
+//   that were begun later are used. (A server that still has such a write under way may carry it
+//   out later than what came after it; if that is to be excluded, Connect waits until it has not.)
 // - A write that was not acknowledged fails with ECONNRESET: it may have been carried out. With
 //   `replay_writes` it is sent again, and nothing that overlaps it is sent before. (A server that
 //   still has it under way over a connection that only seems lost may then carry it out later than
@@ -76,7 +81,7 @@ struct RemoteExportOptions {
   std::uint64_t keep_bytes = 64 << 20;
   /// Send writes again that were not acknowledged.
   bool replay_writes = false;
-  /// How long close() waits for a server.
+  /// How long close() waits for a server, and a connection that came back for another to answer.
   std::int64_t goodbye_timeout_ns = 5'000'000'000;
   /// Delays vary by a quarter, so that clients that lost one server do not come back at once.
   std::uint64_t seed = 1;
@@ -175,8 +180,12 @@ class RemoteExport {
 
   Task<void> look_after(Connection& connection);
   Task<void> reconnect(Connection& connection);
-  Task<Result<void>> come_back(Connection& connection, Client client, std::int64_t give_up_at);
-  Task<Result<void>> replay(Connection& connection, Client client, StopScope& scope, bool& over);
+  Task<Result<void>> come_back(Connection& connection, Client client, std::int64_t give_up_at,
+                               std::uint64_t broken_before);
+  Task<Result<void>> replay(Connection& connection, Client client, std::uint64_t broken_before,
+                            StopScope& scope, bool& over);
+  Task<bool> another_answers(std::stop_token stop);
+  Task<bool> answers(NbdClient& client, std::stop_token stop);
   Task<Result<void>> cut_off_late(Client client, std::stop_token stop, std::int64_t at_ns,
                                   const bool& over);
   Task<void> say_goodbye(Client client, std::int64_t timeout_ns);
@@ -204,6 +213,8 @@ class RemoteExport {
   // Bytes that were not kept, since ever, and how many of these are of no concern any more.
   std::uint64_t unkept_ever_ = 0;
   std::uint64_t unkept_settled_ = 0;
+  // How often a connection was lost that a kept write was being sent again over.
+  std::uint64_t broken_replays_ = 0;
   std::uint64_t numbers_ = 0;
   std::vector<Request*> writes_;  // in flight
   std::vector<Request*> again_;   // writes that have to be sent again, the oldest first
