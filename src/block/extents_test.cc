@@ -651,6 +651,18 @@ TEST_P(DiskCache, SaysWhereAFileHoldsWhatIsInMemory) {
   EXPECT_FALSE(disk->in_page_cache(2 * kBlock, kBlock));
 }
 
+// The page in which a file ends is in memory, but not all of it is the file's.
+TEST_P(DiskCache, HoldsNothingBehindTheEndOfAFileThatWasCutShort) {
+  const auto disk = make_file(4 * kBlock);
+  ASSERT_TRUE(write(*disk, 0, pattern(4 * kBlock)));
+  if (!disk->in_page_cache(0, 4 * kBlock)) {
+    GTEST_SKIP() << "this kernel does not say what is in the page cache";
+  }
+  std::filesystem::resize_file(path("disk"), kBlock + 100);
+  EXPECT_TRUE(disk->in_page_cache(0, kBlock + 100));
+  EXPECT_FALSE(disk->in_page_cache(0, kBlock + 101));
+}
+
 TEST_P(DiskCache, IsNotAskedOfADiskThatGoesPastIt) {
   {
     const auto disk = make_file(16 * kBlock);

@@ -55,7 +55,11 @@ bool all_in_page_cache(int fd, std::uint64_t offset, std::uint64_t length) noexc
   Counts counts{};
   if (::syscall(kCachestat, fd, &range, &counts, 0U) < 0) return false;
   const std::uint64_t pages = (offset + length - 1) / page_size - offset / page_size + 1;
-  return counts.cached == pages;
+  if (counts.cached != pages) return false;
+  // The page in which the file ends counts, too. (A device has no size there.)
+  struct stat status {};
+  if (::fstat(fd, &status) < 0) return false;
+  return !S_ISREG(status.st_mode) || offset + length <= static_cast<std::uint64_t>(status.st_size);
 }
 
 // What a short write left to do.
