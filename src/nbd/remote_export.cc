@@ -5,11 +5,10 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <map>
 #include <mutex>
-#include <ranges>
 #include <utility>
 
+#include "nbd/kept_writes.h"
 #include "roost/aio/aio_context.h"
 #include "roost/aio/timer.h"
 #include "roost/base/check.h"
@@ -21,46 +20,11 @@ namespace {
 
 // A request that loses every connection it is sent over may be why.
 constexpr int kMostLosses = 10;
-// What a kept write takes besides its data.
-constexpr std::uint64_t kKeptOverhead = 64;
 
 bool is_write(Command command) {
   return command == Command::kWrite || command == Command::kWriteZeroes ||
          command == Command::kTrim;
 }
-
-bool overlap(std::uint64_t a, std::uint64_t a_length, std::uint64_t b, std::uint64_t b_length) {
-  return a < b + b_length && b < a + a_length;
-}
-
-// A set of bytes.
-class Ranges {
- public:
-  bool overlap(std::uint64_t begin, std::uint64_t end) const {
-    const auto next = all_.upper_bound(begin);
-    if (next != all_.begin() && std::prev(next)->second > begin) return true;
-    return next != all_.end() && next->first < end;
-  }
-
-  // Calls `fresh(begin, end)` for what was not there.
-  template <class Fresh>
-  void add(std::uint64_t begin, std::uint64_t end, Fresh fresh) {
-    auto next = all_.upper_bound(begin);
-    if (next != all_.begin() && std::prev(next)->second >= begin) --next;
-    std::uint64_t at = begin;
-    while (next != all_.end() && next->first <= end) {
-      if (next->first > at) fresh(at, next->first);
-      at = std::max(at, next->second);
-      begin = std::min(begin, next->first);
-      next = all_.erase(next);
-    }
-    if (at < end) fresh(at, end);
-    all_.emplace_hint(next, begin, std::max(at, end));
-  }
-
- private:
-  std::map<std::uint64_t, std::uint64_t> all_;  // begin and end, none touching the next
-};
 
 }  // namespace
 
@@ -73,8 +37,7 @@ struct RemoteExport::Request {
   Client over{};             // while it is in flight
   bool again = false;        // in again_
   int losses = 0;
-  std::uint64_t written_before = 0;  // of a FLUSH: what it covers
-  std::uint64_t unkept_before = 0;
+  KeptWrites::Mark covers{};  // of a FLUSH
 };
 
 struct RemoteExport::Connection {
@@ -92,7 +55,9 @@ struct RemoteExport::Connection {
 };
 
 RemoteExport::RemoteExport(Connect connect, const RemoteExportOptions& options)
-    : connect_(std::move(connect)), options_(options) {}
+    : connect_(std::move(connect)),
+      options_(options),
+      kept_(std::make_unique<KeptWrites>(options.keep_bytes)) {}
 
 RemoteExport::~RemoteExport() {
   ROOST_CHECK(closed_ || connections_.empty(), "a remote export goes without close()");
@@ -194,8 +159,8 @@ Task<void> RemoteExport::close() {
 RemoteExport::Statistics RemoteExport::statistics() const {
   const std::lock_guard lock(mutex_);
   Statistics now = statistics_;
-  now.kept_bytes = kept_bytes_;
-  now.unkept_bytes = unkept_ever_ - unkept_settled_;
+  now.kept_bytes = kept_->bytes();
+  now.unkept_bytes = kept_->unkept_bytes();
   return now;
 }
 
@@ -243,9 +208,7 @@ void RemoteExport::send_again(Request& request) {
 bool RemoteExport::overtakes(const Request& request) const {
   for (const Request* const one : again_) {
     if (one == &request) return false;
-    if (overlap(one->what.offset, one->what.length, request.what.offset, request.what.length)) {
-      return true;
-    }
+    if (overlap(one->what, request.what)) return true;
   }
   return false;
 }
@@ -274,8 +237,7 @@ Task<Result<RemoteExport::Client>> RemoteExport::admit(Request& request, std::st
       }
       if (client) {
         ++in_flight_;
-        request.written_before = acknowledged_;
-        request.unkept_before = unkept_ever_;
+        request.covers = kept_->mark();
         if (is_write(request.what.command)) {
           if (request.number == 0) request.number = ++numbers_;
           request.over = client;
@@ -323,89 +285,12 @@ Task<Result<void>> RemoteExport::send(NbdClient& client, Request& request, std::
   co_return Result<void>();
 }
 
-// Of what a write has written; nothing: it cannot be kept.
-std::optional<std::vector<std::byte>> RemoteExport::copy_of(const Request& request) const {
-  std::vector<std::byte> copy;
-  if (request.what.command != Command::kWrite) return copy;
-  if (request.what.length > options_.keep_bytes) return std::nullopt;
-  try {
-    copy.reserve(request.what.length);
-    for (const iovec& piece : request.data) {
-      const auto* const bytes = static_cast<const std::byte*>(piece.iov_base);
-      copy.insert(copy.end(), bytes, bytes + piece.iov_len);
-    }
-  } catch (const std::bad_alloc&) {
-    return std::nullopt;
-  }
-  return copy;
-}
-
-// With the mutex held.
-void RemoteExport::keep(const ClientRequest& what, std::optional<std::vector<std::byte>> data) {
-  const auto overlaps = [&](const Kept& one) {
-    return overlap(one.offset, one.length, what.offset, what.length);
-  };
-  const bool durable = (what.flags & kCommandFua) != 0;
-  // One that is durable is remembered if an older one would otherwise be sent over it.
-  if (durable && std::ranges::none_of(kept_, overlaps)) return;
-  if (durable) data.emplace();
-  const std::uint64_t size = kKeptOverhead + (data ? data->size() : 0);
-  ++acknowledged_;
-  if (!data || size > options_.keep_bytes || kept_bytes_ > options_.keep_bytes - size) {
-    if (!durable) unkept_ever_ += what.length;
-    drop_older(what.offset, what.length);
-    return;
-  }
-  Kept& kept = kept_.emplace_back(Kept{.number = acknowledged_,
-                                       .command = what.command,
-                                       .flags = what.flags,
-                                       .offset = what.offset,
-                                       .length = what.length,
-                                       .data = std::move(*data)});
-  // Where it is zero fast, it is so once more; what was done may not fail for being slow.
-  kept.flags &= static_cast<std::uint16_t>(~kCommandFastZero);
-  kept_bytes_ += size;
-}
-
-// An older write may not be sent over one that cannot be; nor one that is older still, over those
-// that are not sent for that. With the mutex held.
-void RemoteExport::drop_older(std::uint64_t offset, std::uint64_t length) {
-  const auto nothing = [](std::uint64_t, std::uint64_t) {};
-  Ranges newer;
-  newer.add(offset, offset + length, nothing);
-  for (Kept& one : std::views::reverse(kept_)) {
-    if (!newer.overlap(one.offset, one.offset + one.length)) continue;
-    newer.add(one.offset, one.offset + one.length, nothing);
-    kept_bytes_ -= kKeptOverhead + one.data.size();
-    if (!(one.flags & kCommandFua)) unkept_ever_ += one.length;
-    one.dropped = true;
-  }
-  std::erase_if(kept_, [](const Kept& one) { return one.dropped; });
-}
-
-// What of the kept writes no later one has written over, the oldest first. With the mutex held.
-//
-// To send all of them in their order would end in the same; but the older of two would take the
-// newer one back meanwhile, and for good if the connection were lost in between and not made again:
-// even one that is durable, or that no server has lost.
-std::vector<RemoteExport::Piece> RemoteExport::still_kept() const {
-  std::vector<Piece> pieces;
-  Ranges newer;
-  for (const Kept& one : std::views::reverse(kept_)) {
-    newer.add(one.offset, one.offset + one.length, [&](std::uint64_t begin, std::uint64_t end) {
-      if (!(one.flags & kCommandFua)) pieces.push_back({&one, begin, end - begin});
-    });
-  }
-  std::ranges::reverse(pieces);
-  return pieces;
-}
-
 // What a request's end means for the others. True: it has to be sent again.
 bool RemoteExport::sent(Request& request, const Client& client, Result<void>& done) {
   const Command command = request.what.command;
   bool again = false;
-  std::optional<std::vector<std::byte>> copy;
-  if (done && is_write(command) && !(request.what.flags & kCommandFua)) copy = copy_of(request);
+  KeptWrites::Data copy;
+  if (done && is_write(command)) copy = kept_->copy(request.what, request.data);
   {
     const std::lock_guard lock(mutex_);
     --in_flight_;
@@ -419,14 +304,8 @@ bool RemoteExport::sent(Request& request, const Client& client, Result<void>& do
                       (done.error().code() == ESHUTDOWN || !client->state());
     if (done) {
       if (over != connections_.end()) (*over)->proven = true;
-      if (is_write(command)) keep(request.what, std::move(copy));
-      if (command == Command::kFlush) {
-        while (!kept_.empty() && kept_.front().number <= request.written_before) {
-          kept_bytes_ -= kKeptOverhead + kept_.front().data.size();
-          kept_.pop_front();
-        }
-        unkept_settled_ = std::max(unkept_settled_, request.unkept_before);
-      }
+      if (is_write(command)) kept_->add(request.what, std::move(copy));
+      if (command == Command::kFlush) kept_->flushed(request.covers);
     } else if (lost) {
       if (over != connections_.end()) lose(**over);
       ++request.losses;
@@ -693,9 +572,9 @@ Task<Result<void>> RemoteExport::replay(Connection& connection, Client client,
   if (done && broken_replays_ != broken_before) {
     done = fail(ECONNRESET, "another connection was lost while writes were sent again over it");
   }
-  std::vector<Piece> pieces;
-  if (done) pieces = still_kept();
-  const bool unkept = unkept_ever_ > unkept_settled_;
+  std::vector<KeptWrites::Piece> pieces;
+  if (done) pieces = kept_->pieces();
+  const bool unkept = kept_->unkept_bytes() > 0;
   // Nobody else changes them meanwhile.
   lock.unlock();
   bool lived = false;
@@ -705,27 +584,26 @@ Task<Result<void>> RemoteExport::replay(Connection& connection, Client client,
     if (lived) pieces.clear();
     if (scope.stopped()) done = fail(ESHUTDOWN, "the export is being closed");
   }
-  const Kept* last = nullptr;
+  const KeptWrites::Write* last = nullptr;
   std::uint64_t replayed = 0;
-  for (const Piece& piece : pieces) {
+  for (const KeptWrites::Piece& piece : pieces) {
     if (!done) break;
-    const Kept& one = *piece.of;
-    switch (one.command) {
+    const ClientRequest& what = piece.of->what;
+    switch (what.command) {
       case Command::kWrite: {
-        const auto* const from = one.data.data() + (piece.offset - one.offset);
-        const iovec data{const_cast<std::byte*>(from), piece.length};
-        done = co_await client->writev(piece.offset, std::span(&data, 1), one.flags);
+        const iovec data = as_iovec(piece.data());
+        done = co_await client->writev(piece.offset, std::span(&data, 1), what.flags);
         break;
       }
       case Command::kWriteZeroes:
-        done = co_await client->zero(piece.offset, piece.length, one.flags);
+        done = co_await client->zero(piece.offset, piece.length, what.flags);
         break;
       default:
-        done = co_await client->trim(piece.offset, piece.length, one.flags);
+        done = co_await client->trim(piece.offset, piece.length, what.flags);
         break;
     }
     if (!done) break;
-    if (std::exchange(last, &one) != &one) ++replayed;
+    if (std::exchange(last, piece.of) != piece.of) ++replayed;
   }
   lock.lock();
   statistics_.replayed += replayed;
@@ -734,7 +612,7 @@ Task<Result<void>> RemoteExport::replay(Connection& connection, Client client,
   if (!done && !pieces.empty() && !client->state()) ++broken_replays_;
   if (done) {
     if (unkept && !lived) {
-      unkept_settled_ = unkept_ever_;
+      kept_->settle();
       lost_writes_ =
           Error(EIO, "writes that were acknowledged before the connection was lost may be lost");
     }

@@ -48,7 +48,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -86,6 +85,8 @@ struct RemoteExportOptions {
   /// Delays vary by a quarter, so that clients that lost one server do not come back at once.
   std::uint64_t seed = 1;
 };
+
+class KeptWrites;
 
 class RemoteExport {
  public:
@@ -144,24 +145,6 @@ class RemoteExport {
   struct Request;
   struct Connection;
 
-  // A write that may have to be sent again; or, with FUA, one that older ones may not be sent over,
-  // and which has no data.
-  struct Kept {
-    std::uint64_t number;  // of its acknowledgement
-    Command command;
-    std::uint16_t flags;
-    std::uint64_t offset;
-    std::uint64_t length;
-    std::vector<std::byte> data;
-    bool dropped = false;
-  };
-  // What has to be sent again of one.
-  struct Piece {
-    const Kept* of;
-    std::uint64_t offset;
-    std::uint64_t length;
-  };
-
   RemoteExport(Connect connect, const RemoteExportOptions& options);
 
   Task<Result<void>> run(Request& request, std::stop_token stop);
@@ -172,10 +155,6 @@ class RemoteExport {
   bool overtakes(const Request& request) const;
   void lose(Connection& connection);
   void send_again(Request& request);
-  std::optional<std::vector<std::byte>> copy_of(const Request& request) const;
-  void keep(const ClientRequest& what, std::optional<std::vector<std::byte>> data);
-  void drop_older(std::uint64_t offset, std::uint64_t length);
-  std::vector<Piece> still_kept() const;
   std::optional<Error> all_given_up() const;
 
   Task<void> look_after(Connection& connection);
@@ -198,6 +177,7 @@ class RemoteExport {
   std::atomic<std::size_t> turn_{0};                      // any thread
   std::vector<std::unique_ptr<Connection>> connections_;  // constant once it is open
   StopScope closing_scope_;
+  const std::unique_ptr<KeptWrites> kept_;  // the mutex guards what is in it
 
   mutable Mutex mutex_;  // guards the following, and the connections
   bool closing_ = false;
@@ -207,12 +187,6 @@ class RemoteExport {
   bool exclusive_ = false;            // kept writes are sent again: no request begins
   std::optional<Error> failure_;      // the export is another one
   std::optional<Error> lost_writes_;  // for the next flush
-  std::deque<Kept> kept_;             // in the order of their acknowledgements
-  std::uint64_t kept_bytes_ = 0;
-  std::uint64_t acknowledged_ = 0;  // writes, so far: their numbers
-  // Bytes that were not kept, since ever, and how many of these are of no concern any more.
-  std::uint64_t unkept_ever_ = 0;
-  std::uint64_t unkept_settled_ = 0;
   // How often a connection was lost that a kept write was being sent again over.
   std::uint64_t broken_replays_ = 0;
   std::uint64_t numbers_ = 0;
