@@ -39,6 +39,7 @@ constexpr std::int64_t kFirstSpinNs = 4'000;
 constexpr int kChecksPerClockReading = 16;
 constexpr std::int64_t kOfferCpuEveryNs = 20'000;
 constexpr std::int64_t kCpuWasTakenNs = 20'000;
+constexpr std::int64_t kCpuIsWantedNs = 2'000'000;
 constexpr unsigned kMaxSpinPenalty = 1024;
 
 }  // namespace
@@ -718,9 +719,12 @@ bool AioContext::spin(std::int64_t limit_ns) {
       offered = real_clock().now_ns();
       if (offered - now > kCpuWasTakenNs || was_preempted()) {
         // Somebody else ran: the CPU is wanted, and waiting busily would only delay them. Try
-        // again after a number of sleeps that grows as long as this goes on.
+        // again after a number of sleeps that grows as long as this goes on; after one, if it has
+        // not happened for a while.
         spin_ns_ = 0;
-        spin_penalty_ = std::min(std::max(spin_penalty_ * 2, 1u), kMaxSpinPenalty);
+        const bool again = offered - cpu_was_taken_ns_ < kCpuIsWantedNs;
+        cpu_was_taken_ns_ = offered;
+        spin_penalty_ = std::min(std::max(spin_penalty_ * 2, again ? 16u : 1u), kMaxSpinPenalty);
         spin_holdoff_ = spin_penalty_;
         return inbox_.has_entries() || back_end_->ready();
       }
