@@ -268,7 +268,7 @@ def without_arguments(test):
     check(not os.path.exists(test.path("roost.sock")), "the socket file is still there")
 
 
-@case(loops=EVENT_LOOPS, timeout_s=60, serial=True)
+@case(loops=EVENT_LOOPS, timeout_s=60)
 def idle_costs_nothing(test):
     """Less than 0.2 % of a core with a client that has been busy and now only waits."""
     disk = test.path("disk.img")
