@@ -294,9 +294,9 @@ class Run {
     release_held();
   }
 
-  // The next record is the one that ends TLS.
+  // The next record is the one that ends TLS. What is lost of later ones changes nothing.
   void said_bye(int code) {
-    if (code >= 0) bye_ = bye_next_ = true;
+    if (code >= 0 && !std::exchange(bye_, true)) bye_next_ = true;
   }
 
   void alert(gnutls_alert_level_t level) {

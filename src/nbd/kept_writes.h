@@ -55,7 +55,7 @@ class KeptWrites {
     bool dropped = false;
   };
 
-  /// What has to be sent again of one. It stays good until a write is added or a flush succeeds.
+  /// What has to be sent again of one. It stays good until a write is added, or a flush covers it.
   struct Piece {
     const Write* of;
     std::uint64_t offset;

@@ -12,6 +12,7 @@
 #include "roost/aio/aio_context.h"
 #include "roost/aio/timer.h"
 #include "roost/base/check.h"
+#include "roost/sync/task_group.h"
 #include "roost/sync/when.h"
 
 namespace roost::nbd {
@@ -20,10 +21,38 @@ namespace {
 
 // A request that loses every connection it is sent over may be why.
 constexpr int kMostLosses = 10;
+// Kept writes that are sent again at a time, and between two flushes.
+constexpr std::uint32_t kReplayDepth = 16;
+constexpr std::size_t kLargestPortion = 64;
+constexpr std::uint64_t kLargestPortionBytes = 8 << 20;
 
 bool is_write(Command command) {
   return command == Command::kWrite || command == Command::kWriteZeroes ||
          command == Command::kTrim;
+}
+
+Task<Result<void>> send_piece(NbdClient& client, KeptWrites::Piece piece) {
+  const std::uint16_t flags = piece.of->what.flags;
+  switch (piece.of->what.command) {
+    case Command::kWrite: {
+      const iovec data = as_iovec(piece.data());
+      co_return co_await client.writev(piece.offset, std::span(&data, 1), flags);
+    }
+    case Command::kWriteZeroes:
+      co_return co_await client.zero(piece.offset, piece.length, flags);
+    default:
+      co_return co_await client.trim(piece.offset, piece.length, flags);
+  }
+}
+
+// No two of them overlap: in any order.
+Task<Result<void>> send_pieces(NbdClient& client, std::span<const KeptWrites::Piece> pieces) {
+  TaskGroup group({.name = "kept writes", .max_running = kReplayDepth});
+  for (const KeptWrites::Piece& piece : pieces) {
+    if (!co_await group.room()) break;
+    group.spawn(send_piece(client, piece));
+  }
+  co_return co_await group.join();
 }
 
 }  // namespace
@@ -33,7 +62,8 @@ struct RemoteExport::Request {
   std::span<const iovec> data{};
   std::vector<ContextExtents> extents{};  // of a BLOCK_STATUS that succeeded
   // Guarded by mutex_.
-  std::uint64_t number = 0;  // writes, in the order in which they were first sent
+  std::uint64_t number = 0;  // in the order in which they were first sent
+  std::uint64_t turn = 0;    // in which they were last sent
   Client over{};             // while it is in flight
   bool again = false;        // in again_
   int losses = 0;
@@ -57,7 +87,8 @@ struct RemoteExport::Connection {
 RemoteExport::RemoteExport(Connect connect, const RemoteExportOptions& options)
     : connect_(std::move(connect)),
       options_(options),
-      kept_(std::make_unique<KeptWrites>(options.keep_bytes)) {}
+      kept_(std::make_unique<KeptWrites>(options.keep_bytes)),
+      portion_(kLargestPortion) {}
 
 RemoteExport::~RemoteExport() {
   ROOST_CHECK(closed_ || connections_.empty(), "a remote export goes without close()");
@@ -186,12 +217,15 @@ RemoteExport::Client RemoteExport::choose() {
 
 // With the mutex held; the caller wakes work_.
 void RemoteExport::lose(Connection& connection) {
-  if (options_.replay_writes) {
+  Request* oldest = nullptr;
+  for (Request* const one : flying_) {
+    if (one->over != connection.client) continue;
+    if (!oldest || one->turn < oldest->turn) oldest = one;
     // At once: the others must not overtake them until each has noticed by itself.
-    for (Request* const one : writes_) {
-      if (one->over == connection.client) send_again(*one);
-    }
+    if (is_write(one->what.command) && options_.replay_writes) send_again(*one);
   }
+  // Those behind it are not to blame: on a line that breaks often, each would be so in the end.
+  if (oldest) ++oldest->losses;
   connection.lost = std::move(connection.client);
   connection.client = nullptr;
   connection.is_lost = true;
@@ -236,13 +270,11 @@ Task<Result<RemoteExport::Client>> RemoteExport::admit(Request& request, std::st
         co_return refuse(told.code(), told.doing());
       }
       if (client) {
-        ++in_flight_;
         request.covers = kept_->mark();
-        if (is_write(request.what.command)) {
-          if (request.number == 0) request.number = ++numbers_;
-          request.over = client;
-          writes_.push_back(&request);
-        }
+        request.turn = ++numbers_;
+        if (request.number == 0) request.number = request.turn;
+        request.over = client;
+        flying_.push_back(&request);
         lock.unlock();
         work_.wake_all();  // for those that choose() found lost
         co_return std::move(client);
@@ -293,22 +325,18 @@ bool RemoteExport::sent(Request& request, const Client& client, Result<void>& do
   if (done && is_write(command)) copy = kept_->copy(request.what, request.data);
   {
     const std::lock_guard lock(mutex_);
-    --in_flight_;
-    if (request.over) {
-      request.over = nullptr;
-      std::erase(writes_, &request);
-    }
     const auto over =
         std::ranges::find_if(connections_, [&](const auto& one) { return one->client == client; });
     const bool lost = !done && done.error().code() != ECANCELED &&
                       (done.error().code() == ESHUTDOWN || !client->state());
+    if (lost && over != connections_.end()) lose(**over);
+    request.over = nullptr;
+    std::erase(flying_, &request);
     if (done) {
       if (over != connections_.end()) (*over)->proven = true;
       if (is_write(command)) kept_->add(request.what, std::move(copy));
       if (command == Command::kFlush) kept_->flushed(request.covers);
     } else if (lost) {
-      if (over != connections_.end()) lose(**over);
-      ++request.losses;
       const bool may_go_again =
           command != Command::kResize && (!is_write(command) || options_.replay_writes);
       again = may_go_again && request.losses < kMostLosses;
@@ -463,9 +491,9 @@ Task<void> RemoteExport::reconnect(Connection& connection) {
     connection.outage_began_ns = clock.now_ns();
     connection.delay_ns = 0;
   }
-  const std::int64_t give_up_at = connection.outage_began_ns + options_.reconnect_timeout_ns;
   Error last(ECONNRESET, "the connection was lost");
   while (options_.reconnect_timeout_ns > 0) {
+    const std::int64_t give_up_at = connection.outage_began_ns + options_.reconnect_timeout_ns;
     if (connection.delay_ns > 0) {
       const std::int64_t spread = std::min<std::int64_t>(connection.delay_ns / 4, 1'000'000'000);
       const std::int64_t delay = connection.delay_ns + connection.random.between(-spread, spread);
@@ -486,7 +514,7 @@ Task<void> RemoteExport::reconnect(Connection& connection) {
         co_await with_deadline(give_up_at, scope, std::move(connecting));
     if (made) {
       const Client client = std::move(*made);
-      auto coming = come_back(connection, client, give_up_at, broken_before);
+      auto coming = come_back(connection, client, broken_before);
       const Result<void> back = co_await std::move(coming);
       if (back) co_return;
       last = back.error();
@@ -508,22 +536,28 @@ Task<void> RemoteExport::reconnect(Connection& connection) {
 
 // Sends the kept writes, with nothing else in flight, and puts the connection to use.
 Task<Result<void>> RemoteExport::come_back(Connection& connection, Client client,
-                                           std::int64_t give_up_at, std::uint64_t broken_before) {
+                                           std::uint64_t broken_before) {
   if (Result<void> same = compare(*client); !same) co_return same;
   StopScope scope(closing_scope_.token());
   bool over = false;
   auto replaying = replay(connection, client, broken_before, scope, over);
-  auto watching = cut_off_late(client, scope.token(), give_up_at, over);
+  auto watching = cut_off_late(connection, client, scope.token(), over);
   co_return co_await when_all(scope, std::move(replaying), std::move(watching));
 }
 
-// A server that does not answer is not waited for beyond the end of all patience.
-Task<Result<void>> RemoteExport::cut_off_late(Client client, std::stop_token stop,
-                                              std::int64_t at_ns, const bool& over) {
-  (void)co_await sleep_until(at_ns, stop);
-  if (!over) {
-    co_await say_goodbye(client, 0);
-    changed_.wake_all();
+// A server that does not answer is not waited for beyond the end of all patience. Each kept write
+// that a flush has covered begins that anew.
+Task<Result<void>> RemoteExport::cut_off_late(Connection& connection, Client client,
+                                              std::stop_token stop, const bool& over) {
+  const Clock& clock = AioContext::current()->clock();
+  while (!over) {
+    const std::int64_t at = connection.outage_began_ns + options_.reconnect_timeout_ns;
+    if (clock.now_ns() >= at) {
+      co_await say_goodbye(client, 0);
+      changed_.wake_all();
+      break;
+    }
+    if (!co_await sleep_until(at, stop)) break;
   }
   co_return Result<void>();
 }
@@ -558,6 +592,48 @@ Task<bool> RemoteExport::another_answers(std::stop_token stop) {
   co_return false;
 }
 
+// What is not covered by a flush has to be sent once more if this connection breaks, too. On a line
+// that breaks often, all of it would never get through in one go. So it goes in portions with a
+// flush behind each, which become smaller as long as they do not get through.
+Task<Result<void>> RemoteExport::send_kept(Connection& connection, NbdClient& client) {
+  const std::vector<KeptWrites::Piece> all_pieces = kept_->pieces();
+  std::span<const KeptWrites::Piece> pieces(all_pieces);
+  bool flushes = offers(kTransmissionSendFlush);
+  const KeptWrites::Mark all = kept_->mark();
+  while (!pieces.empty()) {
+    std::size_t count = 0;
+    std::uint64_t bytes = 0;
+    std::uint64_t writes = 0;
+    while (count < pieces.size() && count < portion_ && bytes < kLargestPortionBytes) {
+      if (count == 0 || pieces[count].of != pieces[count - 1].of) ++writes;
+      bytes += pieces[count++].length;
+    }
+    auto sending = send_pieces(client, pieces.first(count));
+    const Result<void> good = co_await std::move(sending);
+    if (!good) co_return good;
+    pieces = pieces.subspan(count);
+    // On a good line, the rest is left to the next flush that somebody wants.
+    const bool rest = pieces.empty() && portion_ == kLargestPortion;
+    Result<void> flushed;
+    if (flushes && !rest) flushed = co_await client.flush();
+    const std::lock_guard lock(mutex_);
+    statistics_.replayed += writes;
+    if (!flushes || rest) continue;
+    if (!flushed) {
+      if (!client.state() || flushed.error().code() == ESHUTDOWN) co_return flushed;
+      // The server will not tell of this once more.
+      flushes = false;
+      lost_writes_ = flushed.error();
+      continue;
+    }
+    kept_->flushed({.acknowledged = pieces.empty() ? all.acknowledged : pieces[0].of->number - 1});
+    portion_ = std::min(2 * portion_, kLargestPortion);
+    connection.outage_began_ns = AioContext::current()->clock().now_ns();
+    connection.delay_ns = 0;
+  }
+  co_return Result<void>();
+}
+
 Task<Result<void>> RemoteExport::replay(Connection& connection, Client client,
                                         std::uint64_t broken_before, StopScope& scope, bool& over) {
   std::unique_lock lock(mutex_);
@@ -565,51 +641,35 @@ Task<Result<void>> RemoteExport::replay(Connection& connection, Client client,
   exclusive_ = true;
   // What is still to be acknowledged by another one would come after what is sent now.
   Result<void> done;
-  while (in_flight_ > 0 && done) {
+  while (!flying_.empty() && done) {
     if (!client->state()) done = fail(ETIMEDOUT, "requests over other connections do not end");
     if (done) co_await changed_.wait(lock);
   }
   if (done && broken_replays_ != broken_before) {
     done = fail(ECONNRESET, "another connection was lost while writes were sent again over it");
   }
-  std::vector<KeptWrites::Piece> pieces;
-  if (done) pieces = kept_->pieces();
+  bool some = done && !kept_->pieces().empty();
   const bool unkept = kept_->unkept_bytes() > 0;
   // Nobody else changes them meanwhile.
   lock.unlock();
   bool lived = false;
-  if (done && (unkept || !pieces.empty())) {
+  if (done && (unkept || some)) {
     auto asking = another_answers(scope.token());
     lived = co_await std::move(asking);
-    if (lived) pieces.clear();
+    if (lived) some = false;
     if (scope.stopped()) done = fail(ESHUTDOWN, "the export is being closed");
   }
-  const KeptWrites::Write* last = nullptr;
-  std::uint64_t replayed = 0;
-  for (const KeptWrites::Piece& piece : pieces) {
-    if (!done) break;
-    const ClientRequest& what = piece.of->what;
-    switch (what.command) {
-      case Command::kWrite: {
-        const iovec data = as_iovec(piece.data());
-        done = co_await client->writev(piece.offset, std::span(&data, 1), what.flags);
-        break;
-      }
-      case Command::kWriteZeroes:
-        done = co_await client->zero(piece.offset, piece.length, what.flags);
-        break;
-      default:
-        done = co_await client->trim(piece.offset, piece.length, what.flags);
-        break;
-    }
-    if (!done) break;
-    if (std::exchange(last, piece.of) != piece.of) ++replayed;
+  if (done && some) {
+    auto sending = send_kept(connection, *client);
+    done = co_await std::move(sending);
   }
   lock.lock();
-  statistics_.replayed += replayed;
   exclusive_ = false;
   // What it was sent last may still be carried out.
-  if (!done && !pieces.empty() && !client->state()) ++broken_replays_;
+  if (!done && some && !client->state()) {
+    ++broken_replays_;
+    portion_ = std::max<std::size_t>(portion_ / 2, 1);
+  }
   if (done) {
     if (unkept && !lived) {
       kept_->settle();

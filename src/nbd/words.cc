@@ -8,17 +8,17 @@
 namespace roost::nbd {
 
 std::string printable(std::string_view text) {
-  constexpr std::size_t kLongest = 128;
+  constexpr std::size_t kLongest = 128;  // of the result; what is escaped takes four
   std::string result = "\"";
-  for (unsigned char c : text.substr(0, kLongest)) {
+  for (const unsigned char c : text) {
+    if (result.size() > kLongest) return result + "\"...";
     if (c < 0x20 || c > 0x7e || c == '"' || c == '\\') {
       result += fmt::format("\\x{:02x}", c);
     } else {
       result += static_cast<char>(c);
     }
   }
-  result += text.size() > kLongest ? "\"..." : "\"";
-  return result;
+  return result + "\"";
 }
 
 std::string option_words(Option option) {

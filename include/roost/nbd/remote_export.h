@@ -14,14 +14,16 @@
 //
 // What becomes of requests when a connection is lost:
 //
-// - Reads, BLOCK_STATUS, CACHE and FLUSH are sent again. (One that was lost ten times is not.)
+// - Reads, BLOCK_STATUS, CACHE and FLUSH are sent again. (Not one that may be why connections are
+//   lost: ten times it was the oldest that a lost one had not answered.)
 // - Writes (WRITE, WRITE_ZEROES, TRIM) that were acknowledged, but not covered by a FLUSH that
 //   succeeded, nor by FUA, may be lost: the server may have been restarted. They are kept, up to
 //   `keep_bytes`, and sent again before a connection that came back is used, and while no other
 //   request is in flight: what of them no later write has written over, so that what is there never
-//   goes back to what was there before. A server that still answers over another connection was not
-//   restarted; nothing is sent again then. (Connections to one export are to one server, or to
-//   several that lose their writes together.)
+//   goes back to what was there before. They go in portions with a FLUSH behind each, where the
+//   server has it, so that a line that breaks often carries all of them in the end. A server that
+//   still answers over another connection was not restarted; nothing is sent again then.
+//   (Connections to one export are to one server, or to several that lose their writes together.)
 // - What of them was not kept may be lost as well: the next FLUSH after the reconnect fails, once,
 //   with EIO, and says so.
 // - A connection may be lost while writes are sent again over it: from then on only connections
@@ -71,7 +73,7 @@ struct RemoteExportOptions {
   std::vector<AioContext*> contexts{};
   /// In all; 0: one for each context. A server that does not allow several gets one.
   unsigned connections = 0;
-  /// How long a lost connection is tried to be made again; 0: not at all.
+  /// How long a lost connection is tried to be made again, from its last answer on; 0: not at all.
   std::int64_t reconnect_timeout_ns = 60'000'000'000;
   /// Between the second try and the third; twice as long each time, up to the second of these.
   std::int64_t first_delay_ns = 100'000'000;
@@ -159,13 +161,13 @@ class RemoteExport {
 
   Task<void> look_after(Connection& connection);
   Task<void> reconnect(Connection& connection);
-  Task<Result<void>> come_back(Connection& connection, Client client, std::int64_t give_up_at,
-                               std::uint64_t broken_before);
+  Task<Result<void>> come_back(Connection& connection, Client client, std::uint64_t broken_before);
   Task<Result<void>> replay(Connection& connection, Client client, std::uint64_t broken_before,
                             StopScope& scope, bool& over);
+  Task<Result<void>> send_kept(Connection& connection, NbdClient& client);
   Task<bool> another_answers(std::stop_token stop);
   Task<bool> answers(NbdClient& client, std::stop_token stop);
-  Task<Result<void>> cut_off_late(Client client, std::stop_token stop, std::int64_t at_ns,
+  Task<Result<void>> cut_off_late(Connection& connection, Client client, std::stop_token stop,
                                   const bool& over);
   Task<void> say_goodbye(Client client, std::int64_t timeout_ns);
   Result<void> compare(const NbdClient& client) const;
@@ -183,14 +185,14 @@ class RemoteExport {
   bool closing_ = false;
   bool closed_ = false;
   std::size_t keepers_ = 0;           // coroutines that look after connections
-  std::size_t in_flight_ = 0;         // requests that a connection has
   bool exclusive_ = false;            // kept writes are sent again: no request begins
   std::optional<Error> failure_;      // the export is another one
   std::optional<Error> lost_writes_;  // for the next flush
   // How often a connection was lost that a kept write was being sent again over.
   std::uint64_t broken_replays_ = 0;
+  std::size_t portion_;  // of kept writes that is sent again before a flush
   std::uint64_t numbers_ = 0;
-  std::vector<Request*> writes_;  // in flight
+  std::vector<Request*> flying_;  // those that a connection has
   std::vector<Request*> again_;   // writes that have to be sent again, the oldest first
   Statistics statistics_;
 
