@@ -5,8 +5,9 @@
     (gdb) help roost
 
 They read memory alone and run nothing in the program, so they work on core files too. What they need
-is the description of a few types. Every build keeps that of coroutine.cc, frame_allocator.cc and
-aio_context.cc, whatever its type; only `strip` takes it away. docs/debugging.md has examples.
+is the description of a few types. Every build keeps that of coroutine.cc, frame_allocator.cc,
+aio_context.cc and aio_context_life.cc, whatever its type; only `strip` takes it away.
+docs/debugging.md has examples.
 """
 
 import fnmatch

@@ -3,12 +3,9 @@
 
 #include <fmt/format.h>
 #include <signal.h>
-#include <sys/signalfd.h>
 #include <unistd.h>
 
-#include <cerrno>
 #include <optional>
-#include <system_error>
 
 #include "roost/block/nbd_disk.h"
 
@@ -21,17 +18,6 @@ Task<void> keep(Task<int> task, std::optional<int>& result, bool& done) {
   done = true;
 }
 
-UniqueFd take_signals() {
-  sigset_t set;
-  ::sigemptyset(&set);
-  ::sigaddset(&set, SIGINT);
-  ::sigaddset(&set, SIGTERM);
-  ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
-  UniqueFd fd(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
-  if (!fd) throw std::system_error(errno, std::generic_category(), "signalfd");
-  return fd;
-}
-
 }  // namespace
 
 void report(const std::string& line) {
@@ -40,10 +26,9 @@ void report(const std::string& line) {
   [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, whole.data(), whole.size());
 }
 
-// Signals are blocked before any thread starts, so that every thread inherits that.
 Runtime::Runtime(unsigned iothreads, EventLoop event_loop, std::int64_t poll_max_ns,
                  PollBudget* poll_budget)
-    : signals_(take_signals()) {
+    : signals_({SIGINT, SIGTERM}) {
   const auto options = [&](std::string name) {
     return AioContextOptions{.name = std::move(name),
                              .event_loop = event_loop,
@@ -69,23 +54,19 @@ Runtime::~Runtime() {
 
 int Runtime::run(Task<int> task) {
   const ContextScope scope(*main_);
-  main_->set_fd_handler(signals_.get(),
-                        {.read =
-                             [this] {
-                               signalfd_siginfo info;
-                               if (::read(signals_.get(), &info, sizeof info) != sizeof info) {
-                                 return;
-                               }
-                               if (interrupted()) ::_exit(kInterrupted);
-                               stop_.request_stop();
-                             },
-                         .write = {},
-                         .poll = {}});
+  main_->set_fd_handler(signals_.fd(), {.read =
+                                            [this] {
+                                              if (signals_.take() == 0) return;
+                                              if (interrupted()) ::_exit(kInterrupted);
+                                              stop_.request_stop();
+                                            },
+                                        .write = {},
+                                        .poll = {}});
   std::optional<int> result;
   bool done = false;
   Coroutine::create(keep(std::move(task), result, done), "command")->enter();
   main_->poll_until(done);
-  main_->remove_fd_handler(signals_.get());
+  main_->remove_fd_handler(signals_.fd());
   return *result;
 }
 

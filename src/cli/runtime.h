@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cli/signals.h"
 #include "roost/aio/iothread.h"
 #include "roost/aio/poll_budget.h"
 #include "roost/aio/thread_pool.h"
@@ -50,7 +51,7 @@ class Runtime {
 
  private:
   std::stop_source stop_;
-  UniqueFd signals_;
+  Signals signals_;  // blocked before any thread starts
   std::shared_ptr<ThreadPool> pool_ = std::make_shared<ThreadPool>();
   std::shared_ptr<AioContext> main_;
   std::vector<std::unique_ptr<IOThread>> threads_;

@@ -3,7 +3,6 @@
 
 #include <fmt/format.h>
 #include <signal.h>
-#include <sys/signalfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,6 +19,7 @@
 #include <thread>
 
 #include "cli/runtime.h"
+#include "cli/signals.h"
 #include "roost/aio/census_report.h"
 #include "roost/aio/iothread.h"
 #include "roost/aio/stall_detector.h"
@@ -74,34 +74,6 @@ Result<std::vector<ListenSocket>> open_sockets(const ServeOptions& options) {
   }
   return sockets;
 }
-
-// The signals that the program heeds, as a descriptor. They have to be blocked before any thread
-// starts, so that every thread inherits that.
-class Signals {
- public:
-  Signals() {
-    sigset_t set;
-    ::sigemptyset(&set);
-    ::sigaddset(&set, SIGINT);
-    ::sigaddset(&set, SIGTERM);
-    ::sigaddset(&set, SIGUSR1);
-    ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
-    fd_ = UniqueFd(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
-    if (!fd_) throw std::system_error(errno, std::generic_category(), "signalfd");
-  }
-
-  int fd() const noexcept { return fd_.get(); }
-
-  /// The number of the next one; 0: none.
-  int take() noexcept {
-    signalfd_siginfo info;
-    return ::read(fd_.get(), &info, sizeof info) == sizeof info ? static_cast<int>(info.ssi_signo)
-                                                                : 0;
-  }
-
- private:
-  UniqueFd fd_;
-};
 
 // What executes the operations on files, in the words of --aio.
 const char* aio_name(const ServeOptions& options, std::string_view event_loop) {
@@ -218,7 +190,7 @@ Task<void> flush_all(const std::vector<Disk>& disks, bool& failed, bool& done) {
 }
 
 int serve_or_throw(const ServeOptions& options) {
-  Signals signals;
+  Signals signals({SIGINT, SIGTERM, SIGUSR1});
 
   auto disks = open_disks(options);
   if (!disks) {

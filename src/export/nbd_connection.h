@@ -9,14 +9,20 @@
 //                 │   (waits while the client is over its limits)             │
 //                 └────────────────◀── a sent reply gives its place back ─────┘
 //
+// Its life and the negotiation are in nbd_connection.cc, the reader in nbd_reader.cc, all that runs
+// and answers a request in nbd_requests.cc.
+//
 // Threads: the context the reader is on; stop() and disconnect() from any thread.
 // Lifetime: the server's set and the reader's frame each hold a shared_ptr; requests and the sender
 // have ended before the reader does.
 #pragma once
 
-#include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <new>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -54,6 +60,11 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   struct Reply;
   struct WritePayload;
   struct Disconnection;
+
+  // What one BLOCK_STATUS may bring.
+  static constexpr std::size_t kMaxStatusExtents = 4096;
+  static constexpr std::size_t kMaxStatusBytes =
+      nbd::StatusEncoder::status_size(nbd::ReplyStyle::kExtended, kMaxStatusExtents);
 
   Task<Result<void>> start_tls(std::stop_token stop);
   Task<bool> negotiate();
@@ -132,5 +143,14 @@ class NbdConnection : public std::enable_shared_from_this<NbdConnection> {
   std::size_t bytes_in_flight_ = 0;
   unsigned logged_errors_ = 0;
 };
+
+// A line with the names of the export and the peer in front; none if there is no memory for it.
+template <class Message>
+void NbdConnection::log(Message message) noexcept {
+  try {
+    server_.log((disk_ ? "export '" + export_name_ + "': " : "") + peer_ + ": " + message());
+  } catch (const std::bad_alloc&) {
+  }
+}
 
 }  // namespace roost

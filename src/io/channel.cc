@@ -287,53 +287,50 @@ Task<Result<void>> Channel::writev_full(std::span<const iovec> from, std::stop_t
   co_return co_await writev_in_place(pieces.get(), std::move(stop), sent);
 }
 
+// `send` sends what it can of what is left, and is told what it has sent before.
+template <class Send>
+Task<Result<void>> Channel::send_all(std::uint64_t all, Send send, std::stop_token stop,
+                                     std::size_t* sent) {
+  std::size_t count = 0;
+  std::size_t& done = sent ? *sent : count;
+  done = 0;
+  Using using_it(*this, Direction::kWrite);
+  while (!using_it.try_begin()) co_await roost::move_to(*context());
+  if (stop.stop_requested()) co_return cancelled("write to", "nothing was sent");
+  std::size_t before = 0;
+  while (done < all) {
+    const Result<std::size_t> n = co_await send(before, stop);
+    if (in_transit(Direction::kWrite)) co_await arrive();
+    if (!n) {
+      co_return fail(n.error().code(),
+                     fmt::format("{}, after {} of {} bytes", n.error().doing(), done, all));
+    }
+    before = *n;
+    done += before;
+  }
+  co_return Result<void>();
+}
+
 Task<Result<std::size_t>> Channel::do_send_file(FilePart, std::stop_token) {
   co_return failure("send a file to", ENOTSUP);
 }
 
 Task<Result<void>> Channel::send_file(FilePart part, std::stop_token stop, std::size_t* sent) {
-  std::size_t count = 0;
-  std::size_t& done = sent ? *sent : count;
-  done = 0;
-  Using using_it(*this, Direction::kWrite);
-  while (!using_it.try_begin()) co_await roost::move_to(*context());
-  if (stop.stop_requested()) co_return cancelled("write to", "nothing was sent");
-  const std::uint64_t all = part.length;
-  while (done < all) {
-    const Result<std::size_t> n = co_await do_send_file(part, stop);
-    if (in_transit(Direction::kWrite)) co_await arrive();
-    if (!n) {
-      co_return fail(n.error().code(),
-                     fmt::format("{}, after {} of {} bytes", n.error().doing(), done, all));
-    }
-    done += *n;
-    part.offset += *n;
-    part.length -= *n;
-  }
-  co_return Result<void>();
+  auto send = [this, part](std::size_t before, const std::stop_token& token) mutable {
+    part.offset += before;
+    part.length -= before;
+    return do_send_file(part, token);
+  };
+  return send_all(part.length, send, std::move(stop), sent);
 }
 
 Task<Result<void>> Channel::writev_in_place(std::span<iovec> from, std::stop_token stop,
                                             std::size_t* sent) {
-  std::size_t count = 0;
-  std::size_t& done = sent ? *sent : count;
-  done = 0;
-  Using using_it(*this, Direction::kWrite);
-  while (!using_it.try_begin()) co_await roost::move_to(*context());
-  if (stop.stop_requested()) co_return cancelled("write to", "nothing was sent");
-  const std::size_t all = total_size(from);
-  drop_front(from, 0);
-  while (done < all) {
-    const Result<std::size_t> n = co_await do_writev(from, true, stop);
-    if (in_transit(Direction::kWrite)) co_await arrive();
-    if (!n) {
-      co_return fail(n.error().code(),
-                     fmt::format("{}, after {} of {} bytes", n.error().doing(), done, all));
-    }
-    done += *n;
-    drop_front(from, *n);
-  }
-  co_return Result<void>();
+  auto send = [this, from](std::size_t before, const std::stop_token& token) mutable {
+    drop_front(from, before);  // at first: what is empty
+    return do_writev(from, true, token);
+  };
+  return send_all(total_size(from), send, std::move(stop), sent);
 }
 
 // ---- Ending

@@ -204,6 +204,16 @@ TEST_F(KeptWritesTest, WhatCannotBeKeptTakesNothingWithItThatIsNewerThanWhatItTa
   EXPECT_EQ(kept_->unkept_bytes(), 5u);
 }
 
+TEST_F(KeptWritesTest, WhatOnlyTouchesWhatCannotBeKeptStays) {
+  make(3 * kOverhead + 12);
+  write(0, "aaaa");
+  write(4, "bbbb");
+  write(8, "cccc");
+  write(4, "dddd");
+  EXPECT_EQ(sent(), (Words{"0 aaaa", "8 cccc"}));
+  EXPECT_EQ(kept_->unkept_bytes(), 8u);
+}
+
 TEST_F(KeptWritesTest, ADurableWriteIsNeverCountedAsUnkept) {
   make(2 * kOverhead + 8);
   write(0, "aaaa");

@@ -295,6 +295,18 @@ class RemoteExportTest : public testing::Test {
     settle();
   }
 
+  /// The client has yet to find out. What it sends from then on is in the log.
+  void crash_unseen() {
+    server_.crash();
+    server_.log.clear();
+  }
+
+  /// One connection goes, and the client sees it.
+  void lose(std::size_t line) {
+    server_.lines[line]->channel->abort();
+    settle();
+  }
+
   /// Until told otherwise, requests that begin with `prefix` get `answer`.
   void when(std::string prefix, Answer answer) {
     server_.hook = [prefix = std::move(prefix), answer](const std::string& words) {
@@ -348,8 +360,7 @@ TEST_F(RemoteExportTest, SendsKeptWritesAgainBeforeAnythingElse) {
   EXPECT_EQ(write(2, "bbbb"), 0);
   EXPECT_EQ(code(export_->zero(4, 4)), 0);
   EXPECT_EQ(code(export_->trim(100, 4)), 0);
-  server_.crash();
-  server_.log.clear();
+  crash_unseen();
   EXPECT_EQ(read(0, 8), "aabb0000");
   EXPECT_EQ(server_.log, (Log{"WRITE 0+2 a", "WRITE 2+2 b", "ZERO 4+4", "TRIM 100+4", "READ 0+8"}));
   EXPECT_EQ(flush(), 0);
@@ -362,8 +373,7 @@ TEST_F(RemoteExportTest, ForgetsWritesThatAFlushCovered) {
   EXPECT_EQ(flush(), 0);
   EXPECT_EQ(export_->statistics().kept_bytes, 0u);
   EXPECT_EQ(write(4, "bbbb"), 0);
-  server_.crash();
-  server_.log.clear();
+  crash_unseen();
   EXPECT_EQ(read(0, 8), "aaaabbbb");
   EXPECT_EQ(server_.log, (Log{"WRITE 4+4 b", "READ 0+8"}));
 }
@@ -424,8 +434,7 @@ TEST_F(RemoteExportTest, DurableWritesAreKeptOnlyWhereAnOlderOneWouldCoverThem) 
   EXPECT_EQ(export_->statistics().kept_bytes, 0u);
   EXPECT_EQ(write(0, "aaaa"), 0);
   EXPECT_EQ(write(2, "bb", kCommandFua), 0);
-  server_.crash();
-  server_.log.clear();
+  crash_unseen();
   EXPECT_EQ(read(0, 4), "aabb");
   EXPECT_EQ(server_.log, (Log{"WRITE 0+2 a", "READ 0+4"}));
 }
@@ -565,8 +574,7 @@ TEST_F(RemoteExportTest, SendsNothingAgainToAServerThatAnswersOverAnotherConnect
     open(2);
     EXPECT_EQ(write(0, "aaaa"), 0);  // over the first
     server_.log.clear();
-    server_.lines[0]->channel->abort();
-    settle();
+    lose(0);
     // If they were sent again, and held up, what comes after it would come before it.
     when("WRITE 0+4 a", Answer::kNo);
     EXPECT_EQ(read(0, 4), "aaaa");
@@ -592,8 +600,7 @@ TEST_F(RemoteExportTest, AConnectionThatDoesNotAnswerTellsNothingOfTheServer) {
   open(2);
   EXPECT_EQ(write(0, "aaaa"), 0);            // over the first
   EXPECT_EQ(code(export_->cache(0, 4)), 0);  // over the second
-  server_.lines[0]->channel->abort();
-  settle();
+  lose(0);
   server_.log.clear();
   when("READ 0+1", Answer::kNo);
   EXPECT_EQ(code(export_->cache(0, 4)), 0);  // finds the first lost
@@ -623,8 +630,7 @@ TEST_F(RemoteExportTest, AfterAReplayThatBrokeOffOnlyNewConnectionsAreUsed) {
   const std::size_t first = server_.lines[2]->requests > 0 ? 2 : 3;
   server_.refuses = true;
   well();
-  server_.lines[first]->channel->abort();
-  settle();
+  lose(first);
   EXPECT_EQ(server_.lines[5 - first]->requests, 0);
   EXPECT_EQ(writes_sent(), 1);
   server_.refuses = false;
@@ -638,8 +644,7 @@ TEST_F(RemoteExportTest, AfterAReplayThatBrokeOffOnlyNewConnectionsAreUsed) {
 TEST_F(RemoteExportTest, OthersServeWhileOneIsDown) {
   open(2);
   server_.refuses = true;
-  server_.lines[1]->channel->abort();
-  settle();
+  lose(1);
   for (int i = 0; i < 4; ++i) EXPECT_EQ(write(0, "aaaa"), 0);
   EXPECT_EQ(flush(), 0);
   EXPECT_EQ(export_->statistics().lost, 1u);
@@ -654,8 +659,7 @@ TEST_F(RemoteExportTest, RequestsTakeAConnectionOfTheirOwnContext) {
   EXPECT_EQ(server_.lines[1]->requests, 5);
   // Any will do where that is down.
   server_.refuses = true;
-  server_.lines[1]->channel->abort();
-  settle();
+  lose(1);
   EXPECT_EQ(write(0, "aaaa"), 0);
   EXPECT_EQ(server_.lines[0]->requests, 1);
 }
@@ -733,14 +737,12 @@ TEST_F(RemoteExportTest, KeptWritesAreNotSentWhileOthersAreInFlight) {
   std::optional<Done> late, next;
   start(writing(0, "bbbb"), late);  // over the second
   server_.log.clear();
-  server_.lines[0]->channel->abort();
-  settle();
+  lose(0);
   EXPECT_EQ(code(export_->cache(0, 4)), 0);  // finds the first lost
   EXPECT_EQ(server_.tries, 3);
   start(writing(0, "cccc"), next);
   EXPECT_EQ(server_.log, (Log{"CACHE 0+4"}));
-  server_.lines[1]->channel->abort();
-  settle();
+  lose(1);
   finish(late);
   EXPECT_EQ(late->error().code(), ECONNRESET);
   finish(next);

@@ -325,25 +325,22 @@ def roost_copy_with_nbd_server(test):
     measure(test, uri)
 
 
-def copy_over_a_crash(test, serve, disk, source, destination, grows):
-    """The server is killed and started again while a copy is under way."""
-    daemon = serve()
-    uri = daemon.uri
-    arguments = [uri if part is None else part for part in (source, destination)]
+def copy_over_crashes(test, daemon, disk, arguments, grows, crashes):
+    """`roost copy ARGUMENTS`. Each time that `grows` has got 4 MiB more, `daemon`, which serves
+    `disk`, is killed and started again."""
     # Small requests, one at a time, so that it is not over too soon.
-    copying = subprocess.Popen([test.roost, "copy", *arguments, "--verify", "--depth", "1",
-                                "--iothreads", "1", "--request-size", "4K"],
+    copying = subprocess.Popen([test.roost, "copy", *arguments, "--depth", "1", "--iothreads", "1",
+                                "--request-size", "4K"],
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
     try:
-        for part in (1, 2, 3):
+        for part in range(1, crashes + 1):
             wait_until(lambda: copying.poll() is not None or
                        (os.path.exists(grows) and
                         os.stat(grows).st_blocks * 512 >= part * 4 * MIB), "the copy goes on")
-            check(copying.poll() is None,
-                  f"the copy was over too soon: {copying.poll()}")
+            check(copying.poll() is None, f"the copy was over too soon: {copying.poll()}")
             daemon.kill()
-            daemon = serve()
+            daemon = test.serve(disk)
         out, _ = copying.communicate(timeout=3 * PATIENCE_S)
         check_equal(copying.returncode, 0, f"exit code of roost copy ({out})")
     finally:
@@ -351,7 +348,6 @@ def copy_over_a_crash(test, serve, disk, source, destination, grows):
             copying.kill()
         copying.wait()
     daemon.terminate()
-    check(same_contents(source or disk, destination or disk), "the copy is not right")
 
 
 @case(timeout_s=120)
@@ -359,11 +355,15 @@ def roost_copy_to_a_server_that_crashes(test):
     source, disk = test.path("source"), test.path("disk")
     pattern_file(source, 64 * MIB)
     sparse_file(disk, 64 * MIB)
-    copy_over_a_crash(test, lambda: test.serve(disk), disk, source, None, disk)
+    daemon = test.serve(disk)
+    copy_over_crashes(test, daemon, disk, [source, daemon.uri, "--verify"], grows=disk, crashes=3)
+    check(same_contents(source, disk), "the copy is not right")
 
 
 @case(timeout_s=120)
 def roost_copy_from_a_server_that_crashes(test):
     disk, back = test.path("disk"), test.path("back")
     pattern_file(disk, 64 * MIB)
-    copy_over_a_crash(test, lambda: test.serve(disk), disk, None, back, back)
+    daemon = test.serve(disk)
+    copy_over_crashes(test, daemon, disk, [daemon.uri, back, "--verify"], grows=back, crashes=3)
+    check(same_contents(disk, back), "the copy is not right")

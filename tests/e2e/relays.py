@@ -4,12 +4,10 @@ are tried on our server, with nbdkit's filters in between."""
 
 import json
 import os
-import subprocess
 
-from foreign import Foreign, measure, patchy_file, roost, there_and_back
+from foreign import Foreign, copy_over_crashes, measure, patchy_file, roost, there_and_back
 from harness import (EVENT_LOOPS, KIB, MIB, PATIENCE_S, Failure, Skip, case, check, check_equal,
-                     die_with_parent, pattern_file, private_mounts, run, same_contents,
-                     sparse_file, wait_until)
+                     pattern_file, private_mounts, run, same_contents, sparse_file)
 
 SIZE = 4 * MIB + 512
 
@@ -104,24 +102,8 @@ def nbdkit_comes_back_to_a_server_that_crashes(test):
     daemon = test.serve(disk)
     relay = nbdkit(test, daemon.uri, "retries=60", "retry-delay=1", "retry-exponential=no",
                    filters=("retry",))
-    copying = subprocess.Popen([test.roost, "copy", source, relay.uri(), "--flush", "--depth", "1",
-                                "--iothreads", "1", "--request-size", "4K", "--reconnect", "0"],
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
-    try:
-        for part in (1, 2):
-            wait_until(lambda: copying.poll() is not None or
-                       os.stat(disk).st_blocks * 512 >= part * 4 * MIB, "the copy goes on")
-            check(copying.poll() is None, f"the copy was over too soon: {copying.poll()}")
-            daemon.kill()
-            daemon = test.serve(disk)
-        out, _ = copying.communicate(timeout=3 * PATIENCE_S)
-        check_equal(copying.returncode, 0, f"exit code of roost copy ({out})")
-    finally:
-        if copying.poll() is None:
-            copying.kill()
-        copying.wait()
-    daemon.terminate()
+    copy_over_crashes(test, daemon, disk, [source, relay.uri(), "--flush", "--reconnect", "0"],
+                      grows=disk, crashes=2)
     check(same_contents(source, disk), "the copy is not right")
 
 

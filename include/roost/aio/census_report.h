@@ -31,9 +31,9 @@ std::vector<CoroutineReport> take_census(std::int64_t timeout_ns = 1'000'000'000
 /// A paragraph a coroutine:
 ///
 ///     coroutine 'request' (0x7f...) on iothread0: waiting for I/O, 12 ms
-///       created at src/export/nbd_connection.cc:210 (...)
+///       created at src/export/nbd_reader.cc:138 (...)
 ///       awaits at  src/block/file_disk.cc:55 (...)
-///                  src/export/nbd_connection.cc:300 (...)
+///                  src/export/nbd_requests.cc:91 (...)
 std::string to_text(const std::vector<CoroutineReport>& census);
 
 }  // namespace roost

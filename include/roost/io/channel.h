@@ -186,6 +186,9 @@ class Channel {
   void end(Direction direction) noexcept;
   void redirect(AioContext& to);
   void has_arrived(const Coroutine& co);
+  template <class Send>
+  Task<Result<void>> send_all(std::uint64_t all, Send send, std::stop_token stop,
+                              std::size_t* sent);
   std::size_t take_unread(std::span<const iovec> to) noexcept;
   void put_back(std::span<const iovec> from, std::size_t size);
 
