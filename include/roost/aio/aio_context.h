@@ -295,7 +295,7 @@ class AioContext final : private AioContextIndex, public CoContext {
   std::int64_t wait_began_ns_ = 0;      // while asleep_
   std::int64_t spin_ns_ = 0;            // how long to busy-wait now, at most poll_max_ns
   unsigned spin_holdoff_ = 0;           // paying sleeps to see before spinning is tried again
-  std::int64_t cpu_was_taken_ns_ = 0;  // when a busy wait last lost it
+  std::int64_t cpu_was_taken_ns_ = 0;   // when a busy wait last lost it
   unsigned spin_penalty_ = 0;           // what the holdoff will be next time
   long preemptions_ = 0;                // involuntary context switches of the thread so far
   std::uint64_t signals_owed_ = 0;      // pushes that found this context sleeping
