@@ -21,6 +21,6 @@ Task<Result<void>> BlockDriver::resize(std::uint64_t) {
   co_return fail(ENOTSUP, "resize " + name());
 }
 
-Task<void> BlockDriver::close() { co_return; }
+Task<Result<void>> BlockDriver::close() { co_return Result<void>(); }
 
 }  // namespace roost

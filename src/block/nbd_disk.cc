@@ -119,9 +119,11 @@ class NbdDisk final : public BlockDriver {
   bool can_resize() const noexcept override { return can_resize_; }
   bool can_zero_fast() const noexcept override { return can_zero_fast_; }
 
-  Task<void> close() override {
-    co_await remote_->close();
+  Task<Result<void>> close() override {
+    const Result<void> closed = co_await remote_->close();
     closed_ = true;
+    if (!closed) co_return fail(closed.error().code(), name() + ": " + closed.error().doing());
+    co_return Result<void>();
   }
 
  private:

@@ -105,7 +105,9 @@ class Copying {
       done = fail(ENOMEM, "copy");
     }
     for (const std::unique_ptr<BlockDriver>* disk : {&from_, &to_}) {
-      if (*disk) co_await (*disk)->close();
+      if (!*disk) continue;
+      const Result<void> closed = co_await (*disk)->close();
+      if (done) done = closed;
     }
     if (done) co_return kSuccess;
     if (runtime_.interrupted()) {

@@ -154,7 +154,7 @@ class CutConnections : public testing::TestWithParam<unsigned> {
     }
     ended_ = true;
     while (running_ > 0) co_await sleep_for(100'000);
-    co_await export_->close();
+    (void)co_await export_->close();
     lost_ = export_->statistics().lost;
     export_.reset();
   }

@@ -175,7 +175,7 @@ Task<Result<std::unique_ptr<RemoteExport>>> RemoteExport::open(Connect connect,
   co_return std::move(self);
 }
 
-Task<void> RemoteExport::close() {
+Task<Result<void>> RemoteExport::close() {
   std::unique_lock lock(mutex_);
   closing_ = true;
   lock.unlock();
@@ -185,6 +185,8 @@ Task<void> RemoteExport::close() {
   lock.lock();
   while (keepers_ > 0) co_await changed_.wait(lock);
   closed_ = true;
+  if (!lost_writes_) co_return Result<void>();
+  co_return fail(lost_writes_->code(), lost_writes_->doing());
 }
 
 RemoteExport::Statistics RemoteExport::statistics() const {

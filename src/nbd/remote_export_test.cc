@@ -229,10 +229,7 @@ class RemoteExportTest : public testing::Test {
     ASSERT_TRUE(closed) << "close() takes for ever";
     export_.reset();
   }
-  static Task<Done> closing(RemoteExport& remote) {
-    co_await remote.close();
-    co_return Done();
-  }
+  static Task<Done> closing(RemoteExport& remote) { co_return co_await remote.close(); }
 
   template <class T>
   static Task<void> keep(Task<T> task, std::optional<T>& result) {
@@ -450,6 +447,21 @@ TEST_F(RemoteExportTest, TheNextFlushSaysOnceThatWritesWereNotKept) {
   EXPECT_EQ(words_,
             "FLUSH: writes that were acknowledged before the connection was lost may be lost");
   EXPECT_EQ(flush(), 0);
+}
+
+TEST_F(RemoteExportTest, CloseSaysThatWritesWereNotKeptIfNoFlushDid) {
+  for (const bool flushed : {true, false}) {
+    options_.keep_bytes = 0;
+    open();
+    EXPECT_EQ(write(0, "aaaa"), 0);
+    server_.crash();
+    EXPECT_EQ(read(0, 4), "....");
+    if (flushed) {
+      EXPECT_EQ(flush(), EIO);
+    }
+    EXPECT_EQ(code(closing(*export_)), flushed ? 0 : EIO) << words_;
+    export_.reset();
+  }
 }
 
 TEST_F(RemoteExportTest, AFlushThatSucceededBeforeSettlesWhatWasNotKept) {

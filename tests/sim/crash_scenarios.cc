@@ -457,7 +457,7 @@ Task<void> close(World& w) {
   w.counters.add("connections_lost", statistics.lost);
   w.counters.add("reconnected", statistics.reconnected);
   w.counters.add("written_again", statistics.replayed);
-  co_await w.remote->close();
+  (void)co_await w.remote->close();
   w.remote.reset();
   w.simulation.note("closed");
   for (CrashOracle& oracle : w.oracles) oracle.abandoned();

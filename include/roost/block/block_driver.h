@@ -101,8 +101,9 @@ class BlockDriver {
   virtual Task<Result<void>> resize(std::uint64_t new_size);
 
   /// The last one of all, once no other is in flight and none is going to start. A disk may need it
-  /// before it goes: one that another machine has, to say goodbye.
-  virtual Task<void> close();
+  /// before it goes: one that another machine has, to say goodbye. The disk is closed even if this
+  /// fails. EIO: writes that succeeded may be lost, though nothing but the other end has failed.
+  virtual Task<Result<void>> close();
 
   /// Whether resize() and write_zeroes() with `fast` may succeed. Constant.
   virtual bool can_resize() const noexcept { return false; }

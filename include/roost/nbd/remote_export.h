@@ -5,7 +5,7 @@
 //   options.contexts = {&context};
 //   auto disk = co_await RemoteExport::open(connect, options);
 //   Result<void> done = co_await (*disk)->read(4096, buffer);
-//   co_await (*disk)->close();
+//   Result<void> kept = co_await (*disk)->close();
 //
 // A request goes over a connection of its own context, if there is one; else any, in turn. While
 // one is down, the others serve; while all are, requests wait. A lost connection is made again, at
@@ -25,7 +25,7 @@
 //   still answers over another connection was not restarted; nothing is sent again then.
 //   (Connections to one export are to one server, or to several that lose their writes together.)
 // - What of them was not kept may be lost as well: the next FLUSH after the reconnect fails, once,
-//   with EIO, and says so.
+//   with EIO, and says so; if there is none, close() does.
 // - A connection may be lost while writes are sent again over it: from then on only connections
 //   that were begun later are used. (A server that still has such a write under way may carry it
 //   out later than what came after it; if that is to be excluded, Connect waits until it has not.)
@@ -127,8 +127,9 @@ class RemoteExport {
   Task<Result<void>> resize(std::uint64_t size, std::stop_token stop = {});
 
   /// Takes leave of the server, for as long as goodbye_timeout_ns allows, and gives up what
-  /// waits. To be called once.
-  Task<void> close();
+  /// waits. To be called once. It closes in any case; EIO: writes that were acknowledged may be
+  /// lost, and no flush has said so.
+  Task<Result<void>> close();
 
   /// A snapshot for messages and tests.
   struct Statistics {
