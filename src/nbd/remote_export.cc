@@ -650,7 +650,7 @@ Task<Result<void>> RemoteExport::replay(Connection& connection, Client client,
   if (done && broken_replays_ != broken_before) {
     done = fail(ECONNRESET, "another connection was lost while writes were sent again over it");
   }
-  bool some = done && !kept_->pieces().empty();
+  bool some = done && kept_->bytes() > 0;
   const bool unkept = kept_->unkept_bytes() > 0;
   // Nobody else changes them meanwhile.
   lock.unlock();

@@ -73,7 +73,8 @@ struct RemoteExportOptions {
   std::vector<AioContext*> contexts{};
   /// In all; 0: one for each context. A server that does not allow several gets one.
   unsigned connections = 0;
-  /// How long a lost connection is tried to be made again, from its last answer on; 0: not at all.
+  /// How long a lost connection is tried to be made again, from its loss on, or from the last kept
+  /// write that got through for good; 0: not at all.
   std::int64_t reconnect_timeout_ns = 60'000'000'000;
   /// Between the second try and the third; twice as long each time, up to the second of these.
   std::int64_t first_delay_ns = 100'000'000;
