@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// What runtime_bench and runtime_bench_asio have in common: how a case is timed. Both programs run
+// What runtime_bench, runtime_bench_asio and runtime_floor share: how a case is timed. They run
 // the same cases under the same names with this harness; only the runtime underneath differs.
 //
 // Most cases run "for ever" on threads that were started before the clock: the measuring thread
@@ -186,7 +186,7 @@ class PlainNames : public benchmark::BenchmarkReporter {
   std::unique_ptr<benchmark::BenchmarkReporter> inner_;
 };
 
-// The main function of both programs.
+// The main function of the programs.
 inline int run_main(int argc, char** argv) {
   bool to_file = false;
   for (int i = 1; i < argc; ++i) {
