@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // CoSemaphore, CoEvent and CoRwlock on contexts polled by hand.
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "roost/sync/co_event.h"
@@ -132,6 +133,16 @@ TEST_F(CoEvents, SetWakesEverybodyInOrderAndLetsLaterOnesPass) {
   EXPECT_TRUE(event_.is_set());
 }
 
+TEST_F(CoEvents, ItIsSetFromTheBeginningOnlyWhereThatIsSaid) {
+  EXPECT_FALSE(CoEvent().is_set());
+  EXPECT_FALSE(CoEvent("a name").is_set());
+  EXPECT_FALSE(CoEvent("a name", false).is_set());
+  EXPECT_TRUE(CoEvent("a name", true).is_set());
+  // No name is taken for a flag.
+  static_assert(!std::is_constructible_v<CoEvent, const char*, const char*>);
+  static_assert(!std::is_constructible_v<CoEvent, bool, const char*>);
+}
+
 TEST_F(CoEvents, AWaitCanBeCancelledBeforeWhileAndNotAfter) {
   std::stop_source stop;
   spawn(a(), wait('x', stop.get_token()));
@@ -168,7 +179,7 @@ TEST_F(CoEvents, AWokenWaiterMayDestroyIt) {
 }
 
 TEST_F(CoEvents, DestroyingOneThatIsWaitedForAborts) {
-  std::optional<CoEvent> event(std::in_place, false, "the end");
+  std::optional<CoEvent> event(std::in_place, "the end");
   const auto body = [&]() -> Task<> { co_await event->wait(); };
   EXPECT_DEATH(
       {
