@@ -83,6 +83,22 @@ TEST_F(CoSemaphores, ACancelledRequestTakesNothingAndLetsTheNextIn) {
   EXPECT_EQ(semaphore_.available(), 0u);
 }
 
+TEST_F(CoSemaphores, AStopEntersNeitherItsWaiterNorTheNextOnTheCallersStack) {
+  std::stop_source stop;
+  spawn(a(), acquire('x', 5, stop.get_token()));
+  settle();
+  spawn(a(), acquire('1', 2));
+  settle();
+  {
+    ContextScope scope(a());
+    stop.request_stop();
+    EXPECT_EQ(order_, "");
+  }
+  settle();
+  EXPECT_NE(order_.find('X'), std::string::npos);
+  EXPECT_NE(order_.find('1'), std::string::npos);
+}
+
 TEST_F(CoSemaphores, AStopBeforeTakesNothingAndAStopAfterwardsChangesNothing) {
   std::stop_source stop;
   spawn(a(), acquire('0', 2));
