@@ -216,6 +216,30 @@ TEST_F(Tasks, AChildStaysInItsParentsCoroutine) {
   EXPECT_EQ(in_child, in_parent);
 }
 
+using TasksDeathTest = Tasks;
+
+TEST_F(TasksDeathTest, AwaitingOneThatIsEmptyMovedFromOrAwaitedBeforeAborts) {
+  const char* const message =
+      "coroutine 'test' at coro/task_test.cc:[0-9]+ awaits an empty task: one that was moved from, "
+      "or awaited before";
+  struct Body {
+    static Task<void> empty() { co_await Task<int>(); }
+    static Task<void> moved_from() {
+      auto task = number(1);
+      auto other = std::move(task);
+      co_await std::move(task);
+    }
+    static Task<void> twice() {
+      auto task = number(1);
+      co_await std::move(task);
+      co_await std::move(task);
+    }
+  };
+  EXPECT_DEATH(run(Body::empty()), message);
+  EXPECT_DEATH(run(Body::moved_from()), message);
+  EXPECT_DEATH(run(Body::twice()), message);
+}
+
 // Within a co_await expression GCC 12.2 destroys some temporaries twice: closures with captures
 // that have destructors, aggregates, and what the branches of a conditional operator make. This
 // says whether the compiler at hand does, and checks the way round it: objects with names, and
