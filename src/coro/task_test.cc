@@ -117,6 +117,20 @@ TEST_F(Tasks, AssignmentAndMoveHandTheFrameOn) {
   EXPECT_EQ(alive, 0);
 }
 
+TEST_F(Tasks, OneThatIsAssignedToDestroysItsOldFrameAtOnce) {
+  int old_alive = 0;
+  int alive = 0;
+  const auto child = [](Witness) -> Task<void> { co_return; };
+  Task<void> to = child(Witness(old_alive));
+  Task<void> from = child(Witness(alive));
+  to = std::move(from);
+  EXPECT_EQ(old_alive, 0);
+  EXPECT_EQ(alive, 1);
+  Task<void>& itself = to;
+  to = std::move(itself);
+  EXPECT_EQ(alive, 1);
+}
+
 TEST_F(Tasks, LocalsOfAChildGoWhenItsFrameGoes) {
   int alive = 0;
   const auto child = [&]() -> Task<int> {

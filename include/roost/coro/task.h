@@ -93,7 +93,8 @@ class [[nodiscard]] Task {
   explicit Task(Handle frame) noexcept : frame_(frame) {}
   Task(Task&& other) noexcept : frame_(std::exchange(other.frame_, nullptr)) {}
   Task& operator=(Task&& other) noexcept {
-    std::swap(frame_, other.frame_);
+    Task moved(std::move(other));  // leaves with the old one
+    std::swap(frame_, moved.frame_);
     return *this;
   }
   ~Task() {
