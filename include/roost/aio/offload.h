@@ -17,6 +17,7 @@
 #include "roost/aio/thread_pool.h"
 #include "roost/base/result.h"
 #include "roost/coro/coroutine.h"
+#include "roost/coro/may_wait.h"
 
 namespace roost {
 
@@ -133,6 +134,7 @@ class [[nodiscard]] OffloadAwaiter {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     job_.co = frame.promise().co;
+    detail::check_may_wait(*job_.co, "a worker thread");
     submit_.await_suspend(frame);
   }
 
@@ -169,6 +171,7 @@ class [[nodiscard]] CancellableOffloadAwaiter {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     job_.co = frame.promise().co;
+    detail::check_may_wait(*job_.co, "a worker thread");
     if (stop_.stop_possible()) callback_.emplace(stop_, OnStop{&job_});
     submit_.await_suspend(frame);
   }

@@ -31,6 +31,7 @@
 #include "roost/base/result.h"
 #include "roost/coro/completion_core.h"
 #include "roost/coro/coroutine.h"
+#include "roost/coro/may_wait.h"
 
 namespace roost {
 
@@ -263,6 +264,7 @@ class Completion<T>::Wait {
   bool await_ready() const noexcept { return state_.core.fired(); }
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
+    detail::check_may_wait(*frame.promise().co, state_.name);
     suspension_.await_suspend(frame);
   }
   R await_resume() {

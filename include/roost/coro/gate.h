@@ -26,6 +26,7 @@
 #include "roost/base/result.h"
 #include "roost/coro/coroutine.h"
 #include "roost/coro/gate_core.h"
+#include "roost/coro/may_wait.h"
 
 namespace roost {
 
@@ -169,6 +170,7 @@ class Gate::Idle {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     waiter_.co = frame.promise().co;
+    detail::check_may_wait(*waiter_.co, gate_.name_);
     suspension_.await_suspend(frame);
   }
   void await_resume() const noexcept {}

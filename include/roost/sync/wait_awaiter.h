@@ -17,12 +17,9 @@
 #include <utility>
 
 #include "roost/coro/coroutine.h"
+#include "roost/coro/may_wait.h"
 
 namespace roost::detail {
-
-/// Aborts if the thread holds more than `allowed` ThreadMutexes: they would be held across a
-/// suspension.
-void check_may_wait(const Coroutine& co, const char* waits_for, unsigned allowed);
 
 /// What an operation returns: co_await makes the Awaiter of it, in the frame. Others come to hold
 /// the address of an awaiter, so it cannot be moved; but what passes through await_transform() GCC
