@@ -12,6 +12,7 @@
 #include <stop_token>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "aio/test_loop.h"
@@ -224,6 +225,23 @@ TEST_P(Offload, ANamedCallableWithCapturesThatNeedADestructorIsDestroyedOnce) {
   };
   run(body);
   EXPECT_EQ(shared.use_count(), 1);
+}
+
+TEST_P(Offload, AResultOfTheCallableIsGivenAsItIsWithAStopTokenToo) {
+  const auto body = [&]() -> Task<void> {
+    const auto refuse = []() -> Result<int> { return fail(EIO, "on a worker"); };
+    const auto agree = []() -> Result<void> { return {}; };
+    std::stop_source source;
+    auto refused = co_await pool_.run(refuse, source.get_token());
+    static_assert(std::is_same_v<decltype(refused), Result<int>>);
+    EXPECT_EQ(refused.error().code(), EIO);
+    auto agreed = co_await pool_.run(agree, source.get_token());
+    static_assert(std::is_same_v<decltype(agreed), Result<void>>);
+    EXPECT_TRUE(agreed);
+    source.request_stop();
+    EXPECT_EQ((co_await pool_.run(agree, source.get_token())).error().code(), ECANCELED);
+  };
+  run(body);
 }
 
 TEST_P(Offload, AnExceptionIsRethrownAtHome) {

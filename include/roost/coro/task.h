@@ -24,6 +24,11 @@ class Task;
 
 namespace detail {
 
+template <class T>
+inline constexpr bool kIsTask = false;
+template <class T>
+inline constexpr bool kIsTask<Task<T>> = true;
+
 struct FinalAwaiter {
   bool await_ready() const noexcept { return false; }
   template <class Promise>
