@@ -62,7 +62,7 @@ class Coroutine final {
 
   /// The coroutine whose body is executing on this thread; null outside of any, and within the
   /// publish step of a suspension.
-  [[gnu::noinline]] static Coroutine* self() noexcept;
+  [[gnu::noinline, gnu::pure]] static Coroutine* self() noexcept;
 
   /// The context on which it ran last; null if it never ran and was made outside of any.
   /// Stable only while the caller holds the coroutine suspended, or is the coroutine.
