@@ -121,8 +121,6 @@ class CoQueue::WaitAwaiter
     if (waited_) {
       if constexpr (kThreadLock) {
         if (!lock_.owns_lock()) lock_.lock();
-      } else {
-        waiter_.mutex->taken_by(*waiter_.co);
       }
     }
     if constexpr (kCancellable) {
