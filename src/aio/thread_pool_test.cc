@@ -266,11 +266,14 @@ TEST_P(Offload, WhatHasNotStartedIsCancelled) {
   poll_until([&] { return cancelled != 0; });
   other.join();
   EXPECT_EQ(cancelled, ECANCELED);
-  // Once more, at home; and once more, with a stop that was there before.
+  // Once more, at home, where it does not go on on the caller's stack; and once more, with a stop
+  // that was there before.
   cancelled = 0;
   source = std::stop_source();
   Coroutine::create(body())->enter();
   source.request_stop();
+  EXPECT_EQ(cancelled, 0);
+  poll_some();
   EXPECT_EQ(cancelled, ECANCELED);
   cancelled = 0;
   Coroutine::create(body())->enter();

@@ -127,7 +127,8 @@ class Sleep : public StopRelay {
     self.cancelled_ = true;
     if (!self.co_) return;  // requested before it began
     self.timer_.cancel();
-    self.end();
+    // It may be the stop callback itself that calls this.
+    if (self.ended()) wake_waiter_later(*self.co_);
   }
 
   static void resume(StopRelay& relay) noexcept { wake_waiter(*static_cast<Sleep&>(relay).co_); }

@@ -94,7 +94,8 @@ bool CoMutex::spin_until_free(const CoContext* here) noexcept {
   return false;
 }
 
-// From the publish step, or from whoever moves a suspended coroutine here from a CoQueue.
+// From the publish step, or from whoever moves a suspended coroutine here from a CoQueue: by a stop
+// or a wake-up, whose stack it is not to be entered on.
 void CoMutex::start(Waiter& waiter) noexcept {
   Coroutine& co = *waiter.co;
   switch (core_.wait(waiter)) {
@@ -103,16 +104,16 @@ void CoMutex::start(Waiter& waiter) noexcept {
     case Core::Outcome::kTaken:
       taken_by(co);
       ROOST_PROBE(co_mutex_lock_return, this, &co);
-      wake_waiter(co);
+      wake_waiter_later(co);
       return;
     case Core::Outcome::kCancelled:
-      wake_waiter(co);
+      wake_waiter_later(co);
       return;
   }
 }
 
 void CoMutex::cancel(Waiter& waiter) noexcept {
-  if (core_.cancel(waiter)) wake_waiter(*waiter.co);
+  if (core_.cancel(waiter)) wake_waiter_later(*waiter.co);
 }
 
 // ---- Unlocking

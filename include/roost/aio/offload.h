@@ -190,7 +190,7 @@ class [[nodiscard]] CancellableOffloadAwaiter {
   struct OnStop {
     Job* job;
     void operator()() const noexcept {
-      if (job->pool.withdraw(*job)) wake_waiter(*job->co);
+      if (job->pool.withdraw(*job)) wake_waiter_later(*job->co);
     }
   };
   struct Submit {

@@ -75,7 +75,8 @@ class Gate {
     Pass() noexcept = default;
     Pass(Pass&& other) noexcept : gate_(std::exchange(other.gate_, nullptr)) {}
     Pass& operator=(Pass&& other) noexcept {
-      std::swap(gate_, other.gate_);
+      Pass moved(std::move(other));  // leaves with the old one
+      std::swap(gate_, moved.gate_);
       return *this;
     }
     ~Pass() { leave(); }

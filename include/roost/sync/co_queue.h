@@ -10,9 +10,9 @@
 // and resumes once it holds that: waking all makes nobody fight. First in, first out.
 //
 // Threads: wait() in coroutines, on any context; wake_one() and wake_all() on any thread, in a
-// coroutine or not, with the lock held or not. A waiter resumes at home.
-// Lifetime: outlives its waiters; the destructor aborts if there are any. A thread lock outlives
-// the wait.
+// coroutine or not, with the lock, or any thread lock, held or not: they never enter a waiter on
+// the caller's stack. A waiter resumes at home. Lifetime: outlives its waiters; the destructor
+// aborts if there are any. A thread lock outlives the wait.
 #pragma once
 
 #include <cerrno>

@@ -46,7 +46,10 @@ class [[nodiscard]] Wait {
 ///     kThreadLocksReleased                how many ThreadMutexes start() lets go of; 0 if absent
 ///     void prepare(Coroutine&) noexcept   about to suspend: make the waiter
 ///     void start() noexcept               suspended: grant the wait, or enqueue
-///     void stop() noexcept                take the waiter off the list and wake it, if it is there
+///     void stop() noexcept                take the waiter off the list and wake it, if it is
+///     there,
+///                                         without entering it: a stop callback's stack is
+///                                         anybody's
 ///
 /// Nothing is written before it is clear that the coroutine waits.
 template <class Derived, bool kCancellable>
