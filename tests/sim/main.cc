@@ -31,6 +31,7 @@
 #include <utility>
 #include <vector>
 
+#include "aio/simulated_context.h"
 #include "interruptible_stop.h"
 #include "roost/coro/context.h"
 #include "roost/coro/coroutine.h"
@@ -80,8 +81,12 @@ constexpr InterruptHooks kHooks{
         },
     .stall =
         []() noexcept {
-          if (!this_thread().simulated || !running->random().one_in(8)) return;
-          for (auto n = running->random().below(30); n > 0; --n) running->relax();
+          SimulatedThread* const thread = this_thread().simulated;
+          if (!thread || !running->random().one_in(8)) return;
+          // As one that loses its CPU for long: it does not wait for anything.
+          const std::int64_t until = running->now_ns() + running->random().between(0, 100'000);
+          thread->stalled_until_ns = until;
+          while (running->now_ns() < until) running->interrupt();
         },
     .keep_turn =
         [](bool begins) noexcept {
