@@ -44,6 +44,11 @@ function(roost_unite target)
     cmake_path(GET folder FILENAME layer)
     set_source_files_properties(${source} PROPERTIES UNITY_GROUP ${layer})
   endforeach()
+  roost_quiet_unity(${target})
+endfunction()
+
+# roost_quiet_unity(TARGET): for one whose sources are compiled together.
+function(roost_quiet_unity target)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     # To GCC such a source is a header, which should have no anonymous namespace.
     target_compile_options(${target} PRIVATE -Wno-subobject-linkage)
@@ -59,22 +64,30 @@ function(roost_describe_to_debuggers)
     -g $<$<CXX_COMPILER_ID:Clang>:-fstandalone-debug>)
 endfunction()
 
-# roost_add_test(NAME SOURCES file... DEPENDS target... [LABELS label...] [TIMEOUT seconds])
+# roost_add_test(NAME SOURCES file... DEPENDS target... [APART file...] [LABELS label...]
+#                [TIMEOUT seconds])
 # makes one GoogleTest program, and one ctest test of each TEST in it; with a sanitizer, where a
-# process takes long to start, two of each program of unit tests.
+# process takes long to start, two of each program of unit tests. Where layers are compiled as one,
+# so are a few sources of a test; but for those that stand APART, whose names clash with others'.
 function(roost_add_test name)
   if(NOT ROOST_BUILD_TESTS)
     return()
   endif()
-  cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;DEPENDS;LABELS" ${ARGN})
+  cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;DEPENDS;APART;LABELS" ${ARGN})
   if(NOT ARG_LABELS)
     set(ARG_LABELS unit)
   endif()
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
-  add_executable(${name} ${ARG_SOURCES})
+  add_executable(${name} ${ARG_SOURCES} ${ARG_APART})
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/src)
+  if(ROOST_UNITY)
+    # Five at a time, so that two compilers have something to do.
+    set_target_properties(${name} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 5)
+    set_source_files_properties(${ARG_APART} PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+    roost_quiet_unity(${name})
+  endif()
   target_link_libraries(${name} PRIVATE roost_options ${ARG_DEPENDS} GTest::gtest GTest::gtest_main)
   if(ROOST_SANITIZE AND "unit" IN_LIST ARG_LABELS)
     foreach(half 0 1)

@@ -278,7 +278,7 @@ void AioContext::poll_until(const bool& stop) {
 
 inline bool AioContext::iterate(ThreadState& thread, bool blocking) {
   // While there is a rest of what was taken before, it comes first.
-  if (batch_.empty()) take_stream();
+  if (batch_.empty() && (inbox_.has_entries() || taken_last_ > 0)) take_stream();
   if (holds_ != Lock::kHeld || lock_.wanted()) [[unlikely]]
     begin_iteration(blocking);
   bool idle_wanted = false;

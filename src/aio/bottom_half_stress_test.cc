@@ -10,33 +10,35 @@
 namespace roost {
 namespace {
 
-constexpr int kThreads = 3;
-constexpr int kSeed = 4;
+constexpr int kSchedulers = 3;
+constexpr int kBottomHalfSeed = 4;
 
 class BottomHalfStress : public OnEachLoop {};
 ROOST_ON_EACH_LOOP(BottomHalfStress);
 
 TEST_P(BottomHalfStress, SchedulesFromManyThreadsAreCoalescedButNeverLost) {
   RealMachine machine(options());
-  const auto counts = coalesce_bottom_halves(machine, kThreads, rounds(100'000), kSeed);
-  std::printf("seed %d: %lu schedules, %lu runs, %lu coalesced\n", kSeed, counts.schedules,
-              counts.runs, counts.schedules - counts.runs);
+  const auto counts =
+      coalesce_bottom_halves(machine, kSchedulers, rounds(100'000), kBottomHalfSeed);
+  std::printf("seed %d: %lu schedules, %lu runs, %lu coalesced\n", kBottomHalfSeed,
+              counts.schedules, counts.runs, counts.schedules - counts.runs);
   EXPECT_LE(counts.runs, counts.schedules);
   EXPECT_LT(counts.runs, counts.schedules) << "nothing was coalesced";
 }
 
 TEST_P(BottomHalfStress, OneShotsFromManyThreadsRunOnceEach) {
   RealMachine machine(options());
-  const auto counts = run_oneshots(machine, kThreads, rounds(50'000));
+  const auto counts = run_oneshots(machine, kSchedulers, rounds(50'000));
   EXPECT_EQ(counts.runs, counts.schedules);
   EXPECT_EQ(counts.alive, 0);
 }
 
 TEST_P(BottomHalfStress, SchedulesCancelsAndDeletesFromManyThreads) {
   RealMachine machine(options());
-  const auto counts = mix_bottom_halves(machine, kThreads, rounds(100'000), kSeed * 10);
+  const auto counts =
+      mix_bottom_halves(machine, kSchedulers, rounds(100'000), kBottomHalfSeed * 10);
   std::printf("seed %d: %lu schedules, %lu runs, %lu deleted while scheduled, %lu by themselves\n",
-              kSeed, counts.schedules, counts.runs, counts.deleted_while_scheduled,
+              kBottomHalfSeed, counts.schedules, counts.runs, counts.deleted_while_scheduled,
               counts.deleted_in_callback);
   EXPECT_LE(counts.runs, counts.schedules);
   EXPECT_GT(counts.runs, 0u);

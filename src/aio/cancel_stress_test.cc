@@ -32,7 +32,7 @@
 namespace roost {
 namespace {
 
-constexpr int kSeed = 5;
+constexpr int kCancelSeed = 5;
 constexpr int kEnough = 20;  // of each outcome
 constexpr std::int64_t kNotYet = 1'000'000;
 
@@ -56,7 +56,7 @@ class Racer {
 
  private:
   void serve() {
-    TestRandom random(kSeed);
+    TestRandom random(kCancelSeed);
     for (int seen = 0;;) {
       const int round = round_.load();
       if (round < 0) return;
@@ -406,7 +406,7 @@ TEST(ThreadPoolStress, GrowsAndShrinksWhileWorkComesAndIsWithdrawn) {
     IOThread a;
     IOThread b;
     const auto body = [&](int index) -> Task<void> {
-      TestRandom random(static_cast<std::uint64_t>(index) + kSeed);
+      TestRandom random(static_cast<std::uint64_t>(index) + kCancelSeed);
       for (int i = 0; i < kTurns; ++i) {
         std::stop_source source;
         const auto work = [&ran, steps = random.below(2000)] {

@@ -11,7 +11,7 @@ namespace roost {
 namespace {
 
 constexpr int kRoundsEach = 40;
-constexpr int kSeed = 99;
+constexpr int kDirectEntrySeed = 99;
 
 class DirectEntryStress : public OnEachLoop {};
 ROOST_ON_EACH_LOOP(DirectEntryStress);
@@ -19,13 +19,13 @@ ROOST_ON_EACH_LOOP(DirectEntryStress);
 TEST_P(DirectEntryStress, RacingWithAPendingScheduleExactlyOneWins) {
   const int coroutines = rounds(500);
   RealMachine machine(options());
-  DirectEntryRace race(machine, kSeed);
+  DirectEntryRace race(machine, kDirectEntrySeed);
   for (int n = 0; n < coroutines; ++n) race.run(kRoundsEach);
   race.finish();
   std::printf(
       "seed %d: won by the queue %lu, by a rival %lu; scheduled again with a stale entry queued "
       "%lu, ended with one %lu\n",
-      kSeed, race.won_by_queue, race.won_by_rival, race.rescheduled_with_stale_entry,
+      kDirectEntrySeed, race.won_by_queue, race.won_by_rival, race.rescheduled_with_stale_entry,
       race.ended_with_stale_entry);
   EXPECT_EQ(race.errors(), 0);
   EXPECT_EQ(race.won_by_queue + race.won_by_rival,

@@ -12,14 +12,14 @@
 namespace roost {
 namespace {
 
-constexpr int kSeed = 20'240;
+constexpr int kHopSeed = 20'240;
 
 class MultiContextStress : public OnEachLoop {};
 ROOST_ON_EACH_LOOP(MultiContextStress);
 
 TEST_P(MultiContextStress, EachScheduleResumesOnceOnItsContextAndInOrder) {
   RealMachine machine(options());
-  HopWorld world(machine, HopWorld::kMaxContexts, HopWorld::kMaxHoppers, kSeed);
+  HopWorld world(machine, HopWorld::kMaxContexts, HopWorld::kMaxHoppers, kHopSeed);
   world.start();
   std::this_thread::sleep_for(std::chrono::milliseconds(1500));
   world.finish();
@@ -27,7 +27,7 @@ TEST_P(MultiContextStress, EachScheduleResumesOnceOnItsContextAndInOrder) {
   std::printf(
       "seed %d: scheduled elsewhere %lu, scheduled here %lu, retried %lu, displaced %lu, "
       "taken from another context %lu\n",
-      kSeed, sum.elsewhere, sum.here, sum.retried, sum.displaced, sum.stolen);
+      kHopSeed, sum.elsewhere, sum.here, sum.retried, sum.displaced, sum.stolen);
   EXPECT_EQ(world.errors(), 0);
   EXPECT_EQ(sum.resumed, sum.elsewhere + sum.here);
   EXPECT_GT(sum.elsewhere, 1000u);

@@ -19,7 +19,7 @@
 namespace roost {
 namespace {
 
-constexpr int kSeed = 11;
+constexpr int kSleepSeed = 11;
 
 class SleepingStress : public OnEachLoop {
  protected:
@@ -27,7 +27,7 @@ class SleepingStress : public OnEachLoop {
     RealMachine machine(o);
     IOThread a(o);
     IOThread b(o);
-    const int wrong_context = ping_pong(machine, a.context(), b.context(), hops, kSeed);
+    const int wrong_context = ping_pong(machine, a.context(), b.context(), hops, kSleepSeed);
     const auto of_a = a.context().run([&] { return a.context().statistics(); });
     const auto of_b = b.context().run([&] { return b.context().statistics(); });
     std::printf("%s: %d hops, %lu sleeps, %lu spins paid, %lu in vain\n", name, hops,

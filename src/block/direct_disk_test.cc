@@ -29,7 +29,7 @@ namespace {
 namespace fs = std::filesystem;
 using Bytes = std::vector<std::byte>;
 
-constexpr std::size_t kSize = 3 << 20;
+constexpr std::size_t kDiskSize = 3 << 20;
 
 // ---- Ranges
 
@@ -116,7 +116,7 @@ class DirectDisk : public testing::TestWithParam<Way> {
     std::string folder = (fs::temp_directory_path() / "roost-direct-XXXXXX").string();
     ASSERT_NE(::mkdtemp(folder.data()), nullptr);
     folder_ = folder;
-    auto disk = open_file(path("disk"), {.create_size = kSize, .direct = true});
+    auto disk = open_file(path("disk"), {.create_size = kDiskSize, .direct = true});
     if (!disk && disk.error().code() == EINVAL) GTEST_SKIP() << disk.error().message();
     ASSERT_TRUE(disk) << disk.error().message();
     disk_ = std::move(*disk);
@@ -175,13 +175,14 @@ INSTANTIATE_TEST_SUITE_P(Ways, DirectDisk,
 
 TEST_P(DirectDisk, AnyOffsetAndLengthAndMemory) {
   TestRandom random(3);
-  Bytes model(kSize);
+  Bytes model(kDiskSize);
   for (int i = 0; i < 200; ++i) {
     const std::uint64_t most = random.below(4) == 0 ? 2'500'000 : 9'000;
     std::uint64_t length = 1 + random.below(static_cast<std::uint32_t>(most));
-    std::uint64_t offset = random.below(kSize - static_cast<std::uint32_t>(length));
+    std::uint64_t offset = random.below(kDiskSize - static_cast<std::uint32_t>(length));
     if (i % 4 == 0) offset = offset / 4096 * 4096;
-    if (i % 8 == 0) length = std::min<std::uint64_t>((length + 4095) / 4096 * 4096, kSize - offset);
+    if (i % 8 == 0)
+      length = std::min<std::uint64_t>((length + 4095) / 4096 * 4096, kDiskSize - offset);
     switch (random.below(4)) {
       case 0:
       case 1: {
@@ -215,7 +216,7 @@ TEST_P(DirectDisk, AnyOffsetAndLengthAndMemory) {
     }
   }
   ASSERT_TRUE(wait(disk_->flush()));
-  Bytes in(kSize);
+  Bytes in(kDiskSize);
   ASSERT_TRUE(wait(disk_->read(0, in)));
   EXPECT_TRUE(in == model);
 }

@@ -50,6 +50,33 @@ const char* to_string(CoState state) noexcept {
   return "in an unknown state";
 }
 
+// The schedule is won: from here to the post, the outstanding entry keeps the block alive although
+// the coroutine may already be entered directly, and end, elsewhere.
+inline void Coroutine::post_schedule(CoContext& context, ThreadState& thread,
+                                     const StateWord<RealPlatform>::Schedule& schedule,
+                                     Place place) noexcept {
+  placed_at_.store(place, std::memory_order_relaxed);
+  trace::schedule(context, *this);
+  CoroutineEntry& entry = schedule.embedded ? entry_ : make_spare_entry();
+  entry.generation = schedule.generation;
+  if (thread.context == &context) {
+    context.post_here(entry);
+  } else {
+    post_elsewhere(context, entry);
+  }
+}
+
+CoroutineEntry& Coroutine::make_spare_entry() noexcept {
+  return *::new (allocate_frame(sizeof(SpareEntry))) SpareEntry(*this);
+}
+
+void Coroutine::post_elsewhere(CoContext& context, CoroutineEntry& entry) noexcept {
+  if (!context.post(entry)) [[unlikely]] {
+    panicf("coroutine '{}' scheduled on the closed context '{}' by {}", name(), context.name(),
+           describe(placed_at()));
+  }
+}
+
 // The loop that runs coroutines; lives on the stack of whoever enters one.
 struct Driver {
   explicit Driver(ThreadState& on) noexcept
@@ -87,17 +114,22 @@ struct Driver {
     Driver driver(thread);
     trace::enter(driver.outer_self, co);
     driver.run(co, thread, why);
-    for (unsigned woken = 0; driver.wake_head; ++woken) {
-      Coroutine& next = *driver.take_first();
+    if (driver.wake_head) driver.run_woken(thread);
+  }
+
+  // Apart, as all that not each turn has: what a turn needs stays in registers.
+  [[gnu::noinline]] void run_woken(ThreadState& on) noexcept {
+    for (unsigned woken = 0; wake_head; ++woken) {
+      Coroutine& next = *take_first();
       if (woken < kMaxWakesPerDrive) {
-        next.state_.claim_listed(driver.context->index());
+        next.state_.claim_listed(context->index());
         trace::enter(nullptr, next);
-        driver.run(next, thread, Turn::kScheduled);
+        run(next, on, Turn::kScheduled);
       } else {
-        const auto schedule = next.state_.reschedule_listed(driver.context->index());
+        const auto schedule = next.state_.reschedule_listed(context->index());
         const auto place = next.placed_at_.load(std::memory_order_relaxed);
         if (!schedule.won) next.misuse("wake", place, schedule.seen);
-        next.post_schedule(*driver.context, thread, schedule, place);
+        next.post_schedule(*context, on, schedule, place);
       }
     }
   }
@@ -259,26 +291,6 @@ void Coroutine::misuse(const char* what, Place place, CoStateValue seen) const {
          wait ? wait : "", seen.context(), describe(placed_at_.load(std::memory_order_relaxed)));
 }
 
-// The schedule is won: from here to the post, the outstanding entry keeps the block alive although
-// the coroutine may already be entered directly, and end, elsewhere.
-void Coroutine::post_schedule(CoContext& context, ThreadState& thread,
-                              const StateWord<RealPlatform>::Schedule& schedule,
-                              Place place) noexcept {
-  placed_at_.store(place, std::memory_order_relaxed);
-  trace::schedule(context, *this);
-  CoroutineEntry* entry = schedule.embedded ? &entry_ : nullptr;
-  if (!entry) {
-    entry = ::new (allocate_frame(sizeof(SpareEntry))) SpareEntry(*this);
-  }
-  entry->generation = schedule.generation;
-  if (thread.context == &context) {
-    context.post_here(*entry);
-  } else if (!context.post(*entry)) [[unlikely]] {
-    panicf("coroutine '{}' scheduled on the closed context '{}' by {}", name(), context.name(),
-           describe(placed_at()));
-  }
-}
-
 [[gnu::flatten]] void Coroutine::finish_move(Coroutine& co, ThreadState& thread,
                                              const void* awaiter) noexcept {
   const MoveAwaiter move = *static_cast<const MoveAwaiter*>(awaiter);
@@ -351,11 +363,16 @@ namespace {
 struct EntryCopy {
   explicit EntryCopy(CoroutineEntry& entry) noexcept
       : co(entry.coroutine()), generation(entry.generation), embedded(entry.embedded) {
-    if (!embedded) free_frame(&entry, sizeof(SpareEntry));
+    if (!embedded) free_spare(entry);
   }
   Coroutine& co;
   std::uint32_t generation;
   bool embedded;
+
+ private:
+  [[gnu::noinline]] static void free_spare(CoroutineEntry& entry) noexcept {
+    free_frame(&entry, sizeof(SpareEntry));
+  }
 };
 
 }  // namespace

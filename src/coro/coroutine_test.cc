@@ -115,7 +115,7 @@ TEST_F(Coroutines, AEntersBAndSelfComesBack) {
 }
 
 TEST_F(Coroutines, ThePublishStepRunsAfterTheSuspensionOutsideOfAnyCoroutine) {
-  struct Seen {
+  struct Published {
     bool ran = false;
     Coroutine* self = nullptr;
     CoState state = CoState::kRunning;

@@ -25,7 +25,7 @@ namespace {
 using Fault = NbdProxy::Fault;
 using nbd::NbdClient;
 
-constexpr std::uint64_t kSize = 1 << 20;
+constexpr std::uint64_t kProxied = 1 << 20;
 
 class NbdProxyTest : public testing::TestWithParam<nbd::ReplyStyle> {
  protected:
@@ -35,7 +35,7 @@ class NbdProxyTest : public testing::TestWithParam<nbd::ReplyStyle> {
     context_options.poll_max_ns = 0;
     main_ = AioContext::create(context_options);
     scope_.emplace(*main_);
-    disk_ = *make_memory_disk(kSize, {});
+    disk_ = *make_memory_disk(kProxied, {});
     NbdServer::Options options{.main_context = main_.get(),
                                .io_contexts = {main_.get()},
                                .log = [](const std::string&) {}};

@@ -85,6 +85,8 @@ Task<void> NbdConnection::read_requests() {
       reader_waits_ = true;
       co_await yield();
     }
+    // There is no place for it, and nobody to be answered.
+    if (dead_) break;
     take_place(bytes);
     if (error) {
       parser_.skip_payload();

@@ -267,17 +267,17 @@ TEST_F(KeptWritesTest, RequestsOverlapWhereTheyHaveAByteInCommon) {
 // written last; after all of them, it is what was written last, unless something was not kept. So
 // on a server that has lost nothing they change nothing.
 TEST_F(KeptWritesTest, WhateverACrashLeavesIsMadeGoodAndNothingGoesBack) {
-  constexpr std::size_t kSize = 24;
+  constexpr std::size_t kBytes = 24;
   int in_full = 0, with_losses = 0, split = 0;
   for (std::uint64_t seed = 0; seed < 3000; ++seed) {
     Random random(seed);
     make(random.one_in(2) ? 1 << 20 : 4 * kOverhead + 20);
-    std::string cache(kSize, '.'), disk(kSize, '.');
+    std::string cache(kBytes, '.'), disk(kBytes, '.');
     char next = 'a';
     const std::uint64_t steps = 1 + random.below(12);
     for (std::uint64_t step = 0; step < steps; ++step) {
-      const std::size_t offset = random.below(kSize);
-      const std::size_t length = 1 + random.below(std::min<std::uint64_t>(kSize - offset, 10));
+      const std::size_t offset = random.below(kBytes);
+      const std::size_t length = 1 + random.below(std::min<std::uint64_t>(kBytes - offset, 10));
       const std::uint16_t flags = random.one_in(4) ? kCommandFua : 0;
       if (random.one_in(8)) {
         disk = cache;
@@ -295,7 +295,7 @@ TEST_F(KeptWritesTest, WhateverACrashLeavesIsMadeGoodAndNothingGoesBack) {
     }
     std::string left = disk;
     const std::uint64_t losing = random.below(3);
-    for (std::size_t i = 0; i < kSize; ++i) {
+    for (std::size_t i = 0; i < kBytes; ++i) {
       if (losing == 0 || (losing == 1 && random.one_in(2))) left[i] = cache[i];
     }
     const std::string lost = left;
@@ -305,7 +305,7 @@ TEST_F(KeptWritesTest, WhateverACrashLeavesIsMadeGoodAndNothingGoesBack) {
                    piece.of->what.command == Command::kWrite ? text_of(piece.data())
                                                              : std::string(piece.length, '0'));
       split += piece.length < piece.of->what.length;
-      for (std::size_t i = 0; i < kSize; ++i) {
+      for (std::size_t i = 0; i < kBytes; ++i) {
         ASSERT_TRUE(left[i] == lost[i] || left[i] == cache[i])
             << "byte " << i << ", seed " << seed << ": " << lost << ", " << left << ", " << cache;
       }

@@ -45,6 +45,10 @@ Task<Result<void>> send_piece(NbdClient& client, KeptWrites::Piece piece) {
   }
 }
 
+Error may_be_lost() {
+  return {EIO, "writes that were acknowledged before the connection was lost may be lost"};
+}
+
 // No two of them overlap: in any order.
 Task<Result<void>> send_pieces(NbdClient& client, std::span<const KeptWrites::Piece> pieces) {
   TaskGroup group({.name = "kept writes", .max_running = kReplayDepth});
@@ -178,6 +182,8 @@ Task<Result<std::unique_ptr<RemoteExport>>> RemoteExport::open(Connect connect,
 Task<Result<void>> RemoteExport::close() {
   std::unique_lock lock(mutex_);
   closing_ = true;
+  server_has_all_ = std::ranges::any_of(
+      connections_, [](const auto& one) { return one->client && one->client->state(); });
   lock.unlock();
   closing_scope_.request_stop();
   work_.wake_all();
@@ -185,6 +191,8 @@ Task<Result<void>> RemoteExport::close() {
   lock.lock();
   while (keepers_ > 0) co_await changed_.wait(lock);
   closed_ = true;
+  const bool unflushed = kept_->bytes() > 0 || kept_->unkept_bytes() > 0;
+  if (!lost_writes_ && unflushed && !server_has_all_) lost_writes_ = may_be_lost();
   if (!lost_writes_) co_return Result<void>();
   co_return fail(lost_writes_->code(), lost_writes_->doing());
 }
@@ -547,8 +555,8 @@ Task<Result<void>> RemoteExport::come_back(Connection& connection, Client client
   co_return co_await when_all(scope, std::move(replaying), std::move(watching));
 }
 
-// A server that does not answer is not waited for beyond the end of all patience. Each kept write
-// that a flush has covered begins that anew.
+// A server that does not answer is not waited for beyond the end of all patience, nor, by close(),
+// for longer than a goodbye takes. Each kept write that a flush has covered begins patience anew.
 Task<Result<void>> RemoteExport::cut_off_late(Connection& connection, Client client,
                                               std::stop_token stop, const bool& over) {
   const Clock& clock = AioContext::current()->clock();
@@ -559,7 +567,14 @@ Task<Result<void>> RemoteExport::cut_off_late(Connection& connection, Client cli
       changed_.wake_all();
       break;
     }
-    if (!co_await sleep_until(at, stop)) break;
+    const Result<void> slept = co_await sleep_until(at, stop);
+    if (slept) continue;
+    // Closing, unless it is over: the server may answer what it was sent, and is sent no more.
+    if (!over) {
+      co_await say_goodbye(client, options_.goodbye_timeout_ns);
+      changed_.wake_all();
+    }
+    break;
   }
   co_return Result<void>();
 }
@@ -675,9 +690,9 @@ Task<Result<void>> RemoteExport::replay(Connection& connection, Client client,
   if (done) {
     if (unkept && !lived) {
       kept_->settle();
-      lost_writes_ =
-          Error(EIO, "writes that were acknowledged before the connection was lost may be lost");
+      lost_writes_ = may_be_lost();
     }
+    server_has_all_ = true;
     connection.client = std::move(client);
     connection.is_lost = false;
     ++statistics_.reconnected;

@@ -969,6 +969,66 @@ TEST_F(RemoteExportTest, CloseDoesNotWaitForAServerThatNeverAnswers) {
   export_.reset();
 }
 
+// The reconnect waits for a server, which may be in no hurry: it is being drained, too.
+TEST_F(RemoteExportTest, CloseDoesNotWaitForAServerThatNeverAnswersKeptWrites) {
+  for (const bool soon : {true, false}) {
+    SCOPED_TRACE(soon);
+    server_ = Server();
+    open();
+    for (int i = 0; i < 100; ++i) ASSERT_EQ(write(i * 8, "aaaa"), 0);
+    when("WRITE", Answer::kNo);
+    crash_unseen();
+    std::optional<Done> flushed, closed;
+    start(export_->flush(), flushed);
+    EXPECT_EQ(writes_sent(), 16);
+    if (!soon) pass(30'000 * kMs);
+    start(closing(*export_), closed);
+    finish(flushed);
+    EXPECT_EQ(flushed->error().code(), ESHUTDOWN);
+    EXPECT_FALSE(closed);
+    pass(5100 * kMs);
+    ASSERT_TRUE(closed) << "close() takes for ever";
+    EXPECT_EQ(closed->error().code(), EIO);
+    EXPECT_EQ(writes_sent(), 16);
+    export_.reset();
+  }
+}
+
+TEST_F(RemoteExportTest, CloseLetsAServerAnswerTheKeptWritesThatItWasSent) {
+  open();
+  EXPECT_EQ(write(0, "aaaa"), 0);
+  server_.flushes_slowly = true;
+  for (int i = 0; i < 100; ++i) ASSERT_EQ(write(i * 8, "aaaa"), 0);
+  crash_unseen();
+  std::optional<Done> flushed, closed;
+  start(export_->flush(), flushed);
+  start(closing(*export_), closed);
+  EXPECT_FALSE(closed);
+  pass(2 * kMs);
+  finish(closed);
+  finish(flushed);
+  EXPECT_FALSE(*flushed);
+  EXPECT_FALSE(*closed);  // what came after the first portion was not sent
+  export_.reset();
+}
+
+TEST_F(RemoteExportTest, CloseSaysThatKeptWritesWereNotSentAgain) {
+  for (const bool flushed : {false, true}) {
+    SCOPED_TRACE(flushed);
+    server_ = Server();
+    open();
+    EXPECT_EQ(write(0, "aaaa"), 0);
+    if (flushed) {
+      EXPECT_EQ(flush(), 0);
+    }
+    server_.refuses = true;
+    server_.crash();
+    settle();
+    EXPECT_EQ(code(closing(*export_)), flushed ? 0 : EIO) << words_;
+    export_.reset();
+  }
+}
+
 TEST_F(RemoteExportTest, CloseSaysGoodbyeAndDoesNotWaitForAReconnect) {
   open(2);
   close();

@@ -102,6 +102,7 @@ void CoMutex::start(Waiter& waiter) noexcept {
     case Core::Outcome::kQueued:
       return;
     case Core::Outcome::kTaken:
+      taken_by(co);
       ROOST_PROBE(co_mutex_lock_return, this, &co);
       wake_waiter_later(co);
       return;
@@ -135,7 +136,8 @@ void CoMutex::hand_on() noexcept {
   if (!next.waiter) return;
   Waiter& waiter = *static_cast<Waiter*>(next.waiter);
   if (next.owns) {
-    holder_home_.store(nullptr, std::memory_order_relaxed);
+    note_holder_home(nullptr);
+    waiter.co->lock_taken();
     count(counters_.handoffs);
     ROOST_PROBE(co_mutex_lock_return, this, waiter.co);
     wake_waiter(*waiter.co);
@@ -164,6 +166,7 @@ bool CoMutex::take_turn(CallbackEntry& entry) noexcept {
       count(mutex.counters_.cancelled_late);
       break;
     case Core::Outcome::kTaken:
+      mutex.taken_by(co);
       ROOST_PROBE(co_mutex_lock_return, &mutex, &co);
       break;
   }

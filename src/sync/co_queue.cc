@@ -25,6 +25,7 @@ bool CoQueue::enqueue(Waiter& waiter) noexcept {
       return true;
     }
   }
+  if (waiter.mutex) waiter.co->lock_taken();  // that it never let go of
   wake_waiter(*waiter.co);
   return false;
 }

@@ -46,6 +46,8 @@ GOOD |= {
     "README.md": "[the guide](docs/GUIDE.md#part), [elsewhere](https://example.org/)\n",
     "docs/GUIDE.md": "[a.cc](../examples/guide/a.cc):\n\n```cpp\nint a() {\n...\n}\n```\n",
     "docs/hazards.md": "```sh\nmake\n```\n",
+    "docs/known-failures.md": "| it fails | `Suite.DoesNot`, `model.inbox` |\n",
+    "src/base/base_test.cc": "TEST_F(Suite, DoesNot) {}\n",
     "examples/guide/a.cc": "int a() {\n  // one\n  return 1;\n}\n",
 }
 
@@ -88,6 +90,7 @@ BAD = [
     ("check-guide", guide("int a() {", "b.cc"), "../examples/guide/b.cc, which is not there"),
     ("check-guide", {"examples/guide/b.cc": "int b;\n"}, "b.cc: is quoted nowhere"),
     ("check-guide", {"README.md": "[gone](docs/gone.md)\n"}, "README.md:1: links to docs/gone.md"),
+    ("check-guide", {"docs/known-failures.md": "`Suite.Other`\n"}, "no test Suite.Other"),
     ("check-format", {"src/base/a.cc": "int   a( ) ;\n"}, "a.cc:1"),
 ] + [
     ("check-co-await", {"src/base/a.cc": CO_AWAIT.format(line)}, "src/base/a.cc:2")

@@ -62,7 +62,7 @@ class Coroutine final {
 
   /// The coroutine whose body is executing on this thread; null outside of any, and within the
   /// publish step of a suspension.
-  [[gnu::noinline]] static Coroutine* self() noexcept;
+  [[gnu::noinline, gnu::pure]] static Coroutine* self() noexcept;
 
   /// The context on which it ran last; null if it never ran and was made outside of any.
   /// Stable only while the caller holds the coroutine suspended, or is the coroutine.
@@ -117,7 +117,7 @@ class Coroutine final {
   bool runs_on_this_thread() const noexcept;
   // A block is constructed once, and then used for one coroutine after the other.
   static void construct_block(void* block) noexcept;
-  static void release_block(Coroutine& co) noexcept;
+  [[gnu::noinline]] static void release_block(Coroutine& co) noexcept;
 
   void suspend_at(std::coroutine_handle<> frame, Place place, Publish publish,
                   const void* closure) noexcept {
@@ -138,6 +138,8 @@ class Coroutine final {
   static void finish_move(Coroutine& co, ThreadState& thread, const void* awaiter) noexcept;
   void post_schedule(CoContext& context, ThreadState& thread,
                      const StateWord<RealPlatform>::Schedule& schedule, Place place) noexcept;
+  [[gnu::noinline]] CoroutineEntry& make_spare_entry() noexcept;
+  [[gnu::noinline]] void post_elsewhere(CoContext& context, CoroutineEntry& entry) noexcept;
   static void wake(Coroutine& co, bool owner, Place place);
   [[noreturn, gnu::cold]] void misuse(const char* what, Place place, CoStateValue seen) const;
 

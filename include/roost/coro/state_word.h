@@ -245,20 +245,31 @@ class StateWord {
   EntryOutcome claim_entry(std::uint32_t context, std::uint32_t generation,
                            bool embedded) noexcept {
     CoStateValue seen = peek();
+    if (seen.entries() == 1 && is_live(seen, context, generation)) {
+      // Nobody else counts: no other entry, and no CoroutineRef, without which a direct entry must
+      // not race with this turn. A store suffices; release hands on what peek() acquired.
+      CoStateValue next = seen.one_entry_less().with(CoState::kRunning, false);
+      if (embedded) next = next.with_embedded(false);
+      word_.store(next.bits(), std::memory_order_release);
+      return EntryOutcome::kRun;
+    }
+    return claim_entry_by_swap(seen, context, generation, embedded);
+  }
+
+ private:
+  static bool is_live(CoStateValue seen, std::uint32_t context, std::uint32_t generation) noexcept {
+    return seen.state() == CoState::kScheduled && seen.context() == context &&
+           seen.generation() == generation;
+  }
+
+  [[gnu::noinline]] EntryOutcome claim_entry_by_swap(CoStateValue seen, std::uint32_t context,
+                                                     std::uint32_t generation,
+                                                     bool embedded) noexcept {
     for (;;) {
-      const bool live = seen.state() == CoState::kScheduled && seen.context() == context &&
-                        seen.generation() == generation;
+      const bool live = is_live(seen, context, generation);
       CoStateValue next = seen.one_entry_less();
       if (embedded) next = next.with_embedded(false);
-      if (live) {
-        next = next.with(CoState::kRunning, false);
-        if (next.entries() == 0) {
-          // Nobody else counts: no other entry, and no CoroutineRef, without which a direct entry
-          // must not race with this turn. A store suffices; release hands on what peek() acquired.
-          word_.store(next.bits(), std::memory_order_release);
-          return EntryOutcome::kRun;
-        }
-      }
+      if (live) next = next.with(CoState::kRunning, false);
       if (!swap(seen, next)) continue;
       if (live) return EntryOutcome::kRun;
       return seen.state() == CoState::kEnded && next.entries() == 0 ? EntryOutcome::kFreeBlock
@@ -266,6 +277,7 @@ class StateWord {
     }
   }
 
+ public:
   /// An entry that is known to be stale (or a reference) goes without a turn. True: free the block.
   bool drop_entry(bool embedded) noexcept {
     CoStateValue seen = peek();

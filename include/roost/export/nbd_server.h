@@ -66,7 +66,9 @@ class NbdServer {
   /// What happens to the clients of an export that is removed.
   enum class Removal : std::uint8_t {
     kWhenUnused,  // they go on until they leave by themselves
-    kNow,         // they are disconnected; requests in flight are finished first
+    // They are disconnected; requests in flight are finished first. One that waits until its client
+    // may have it in flight is not begun.
+    kNow,
   };
 
   struct Options {

@@ -25,7 +25,8 @@
 //   still answers over another connection was not restarted; nothing is sent again then.
 //   (Connections to one export are to one server, or to several that lose their writes together.)
 // - What of them was not kept may be lost as well: the next FLUSH after the reconnect fails, once,
-//   with EIO, and says so; if there is none, close() does.
+//   with EIO, and says so; if there is none, close() does. So it does about what was kept and could
+//   not be sent again.
 // - A connection may be lost while writes are sent again over it: from then on only connections
 //   that were begun later are used. (A server that still has such a write under way may carry it
 //   out later than what came after it; if that is to be excluded, Connect waits until it has not.)
@@ -83,7 +84,8 @@ struct RemoteExportOptions {
   std::uint64_t keep_bytes = 64 << 20;
   /// Send writes again that were not acknowledged.
   bool replay_writes = false;
-  /// How long close() waits for a server, and a connection that came back for another to answer.
+  /// How long close() waits for a server, be it sent kept writes or not, and a connection that came
+  /// back for another to answer.
   std::int64_t goodbye_timeout_ns = 5'000'000'000;
   /// Delays vary by a quarter, so that clients that lost one server do not come back at once.
   std::uint64_t seed = 1;
@@ -186,6 +188,7 @@ class RemoteExport {
   mutable Mutex mutex_;  // guards the following, and the connections
   bool closing_ = false;
   bool closed_ = false;
+  bool server_has_all_ = false;       // it was there when closing_ began, or was sent all since
   std::size_t keepers_ = 0;           // coroutines that look after connections
   bool exclusive_ = false;            // kept writes are sent again: no request begins
   std::optional<Error> failure_;      // the export is another one

@@ -59,7 +59,7 @@ class CoMutex {
   [[nodiscard]] Guard try_lock() noexcept;
 
   /// For a lock whose guard was released.
-  void unlock(Place place = Place::current()) {
+  [[gnu::always_inline]] void unlock(Place place = Place::current()) {
     Coroutine* const me = Coroutine::self();
     if (me && core_.try_unlock(token_of(*me))) [[likely]] {
       me->lock_released();
@@ -100,11 +100,18 @@ class CoMutex {
     return reinterpret_cast<std::uint64_t>(&co);
   }
 
-  // The running coroutine has got the lock.
+  // `co`, which runs or is about to be woken by the caller, has got the lock.
   void taken_by(Coroutine& co) noexcept {
-    // Relaxed: a hint for busy waiting.
-    holder_home_.store(co.home(), std::memory_order_relaxed);
+    note_holder_home(co.home());
     co.lock_taken();
+  }
+
+  // Relaxed: a hint for busy waiting. Most often the same as before: a store would hold up the
+  // compare-and-swap that comes next.
+  void note_holder_home(const CoContext* home) noexcept {
+    if (holder_home_.load(std::memory_order_relaxed) != home) {
+      holder_home_.store(home, std::memory_order_relaxed);
+    }
   }
 
   bool lock_contended(Coroutine& me) noexcept;
@@ -117,8 +124,8 @@ class CoMutex {
   static bool take_turn(CallbackEntry& entry) noexcept;
 
   Core core_;
-  // Where the last holder ran that took the lock while running; null: the lock was handed to one
-  // that does not run yet. Only compared, never followed.
+  // Where the last holder ran when it took the lock, or was to be woken with it; null: the lock was
+  // handed to one that does not run yet. Only compared, never followed.
   std::atomic<const CoContext*> holder_home_{nullptr};
 
   // Whether busy waiting pays here. Any thread; races only lose a count.
@@ -146,7 +153,7 @@ class [[nodiscard]] CoMutex::Guard {
     mutex_ = other.release();
     return *this;
   }
-  ~Guard() {
+  [[gnu::always_inline]] ~Guard() {
     if (mutex_) mutex_->unlock();
   }
 
@@ -179,23 +186,24 @@ class CoMutex::LockAwaiter
   LockAwaiter(CoMutex& mutex, std::stop_token stop) noexcept
       : Base(std::move(stop)), mutex_(mutex) {}
 
-  bool await_ready() noexcept {
+  [[gnu::always_inline]] bool await_ready() noexcept {
     if (this->stop_requested()) return true;
+    // What is read after the compare-and-swap waits for it: hence in registers.
+    CoMutex& mutex = mutex_;
     Coroutine& me = *Coroutine::self();
-    return mutex_.core_.try_lock(token_of(me)) || mutex_.lock_contended(me);
+    if (!mutex.core_.try_lock(token_of(me)) && !mutex.lock_contended(me)) return false;
+    mutex.taken_by(me);
+    return true;
   }
 
   auto await_resume() {
-    // The word says who holds the lock, and whether that is oneself, nobody else changes.
     if constexpr (kCancellable) {
       this->end_of_wait();
-      Coroutine& me = *Coroutine::self();
-      if (mutex_.core_.holder() != token_of(me))
+      // The word says who holds the lock, and whether that is oneself, nobody else changes.
+      if (mutex_.core_.holder() != token_of(*Coroutine::self()))
         return Result<Guard>(fail(ECANCELED, mutex_.name_));
-      mutex_.taken_by(me);
       return Result<Guard>(Guard(mutex_));
     } else {
-      mutex_.taken_by(*reinterpret_cast<Coroutine*>(mutex_.core_.holder()));
       return Guard(mutex_);
     }
   }

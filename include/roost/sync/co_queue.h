@@ -118,12 +118,9 @@ class CoQueue::WaitAwaiter
 
   auto await_resume() {
     this->end_of_wait();
-    if (waited_) {
-      if constexpr (kThreadLock) {
-        if (!lock_.owns_lock()) lock_.lock();
-      } else {
-        waiter_.mutex->taken_by(*waiter_.co);
-      }
+    // A CoMutex was taken by whoever woke this.
+    if constexpr (kThreadLock) {
+      if (!lock_.owns_lock()) lock_.lock();
     }
     if constexpr (kCancellable) {
       return cancelled_ ? Result<void>(fail(ECANCELED, queue_.name())) : Result<void>();
@@ -146,7 +143,6 @@ class CoQueue::WaitAwaiter
     } else {
       co.lock_released();
     }
-    waited_ = true;
   }
 
   // The coroutine is woken through the queue of its home, whose thread is here: so it does not run,
@@ -164,7 +160,6 @@ class CoQueue::WaitAwaiter
 
   CoQueue& queue_;
   Lock& lock_;
-  bool waited_ = false;
   bool cancelled_ = false;  // guarded by the queue's lock during the wait
   union {
     Waiter waiter_;  // once it waits; trivially destructible
