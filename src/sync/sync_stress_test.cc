@@ -8,16 +8,14 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <deque>
-#include <functional>
 #include <memory>
 #include <mutex>
-#include <stop_token>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/test_build.h"
@@ -27,80 +25,17 @@
 #include "roost/sync/co_queue.h"
 #include "roost/sync/co_rwlock.h"
 #include "roost/sync/co_semaphore.h"
+#include "sync/test_stops.h"
 
 namespace roost {
 namespace {
-
-constexpr int kThreads = 3;
-constexpr int kPerThread = 4;
-constexpr int kCoroutines = kThreads * kPerThread;
-constexpr auto kMinTime = std::chrono::milliseconds(200);
-constexpr auto kMaxTime = std::chrono::seconds(30);
 
 bool several_cpus() {
   cpu_set_t allowed;
   return ::sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) > 1;
 }
 
-// The stop source that a coroutine's wait is to be ended by, for the thread that does so.
-class StopSlot {
- public:
-  std::stop_token renew() {
-    std::lock_guard lock(mutex_);
-    source_ = std::stop_source();
-    return source_.get_token();
-  }
-  void request_stop() {
-    std::unique_lock lock(mutex_);
-    std::stop_source source = source_;
-    lock.unlock();  // the callbacks may enter coroutines
-    source.request_stop();
-  }
-
- private:
-  std::mutex mutex_;
-  std::stop_source source_;
-};
-
-class SyncStress : public testing::Test {
- protected:
-  // Runs body(i) in kCoroutines coroutines until `reached` has come true, while another thread
-  // requests stops.
-  void run(const std::function<Task<>(int)>& body, const std::function<bool()>& reached) {
-    std::vector<std::unique_ptr<IOThread>> threads;
-    for (int i = 0; i < kThreads; ++i) threads.push_back(std::make_unique<IOThread>());
-    const auto root = [&](int i) -> Task<> {
-      co_await body(i);
-      ended_.fetch_add(1);
-    };
-    for (int i = 0; i < kCoroutines; ++i) {
-      AioContext& context = threads[i % kThreads]->context();
-      contexts_[i] = &context;
-      spawn(context, root(i));
-    }
-    const auto start = std::chrono::steady_clock::now();
-    TestRandom random(7);
-    for (;;) {
-      slots_[random.below(kCoroutines)].request_stop();
-      if (random.below(4) == 0) std::this_thread::yield();
-      if (random.below(16) == 0) std::this_thread::sleep_for(std::chrono::microseconds(20));
-      const auto age = std::chrono::steady_clock::now() - start;
-      if (age > kMaxTime || (age > kMinTime && reached())) break;
-    }
-    stop_ = true;
-    // Those that wait to be woken by others end by their stops.
-    while (ended_ < kCoroutines) {
-      for (StopSlot& slot : slots_) slot.request_stop();
-      std::this_thread::yield();
-    }
-    EXPECT_TRUE(reached()) << "the rare paths were not reached";
-  }
-
-  std::array<StopSlot, kCoroutines> slots_;
-  std::array<AioContext*, kCoroutines> contexts_{};
-  std::atomic<bool> stop_{false};
-  std::atomic<int> ended_{0};
-};
+class SyncStress : public StopsAtAnyMoment {};
 
 TEST_F(SyncStress, AMutexExcludesAndNobodyIsLost) {
   CoMutex mutex;
