@@ -11,7 +11,7 @@
 #include <stop_token>
 #include <string>
 
-#include "aio/io_test_helpers.h"
+#include "aio/test_io.h"
 #include "roost/aio/io.h"
 #include "roost/aio/thread_pool.h"
 #include "roost/aio/timer.h"
