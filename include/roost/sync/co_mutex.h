@@ -123,10 +123,11 @@ class CoMutex {
   static void post_turn(Waiter& waiter) noexcept;
   static bool take_turn(CallbackEntry& entry) noexcept;
 
-  Core core_;
   // Where the last holder ran when it took the lock, or was to be woken with it; null: the lock was
-  // handed to one that does not run yet. Only compared, never followed.
+  // handed to one that does not run yet. Only compared, never followed. (Beside the core's word:
+  // whoever takes the lock has that cache line.)
   std::atomic<const CoContext*> holder_home_{nullptr};
+  Core core_;
 
   // Whether busy waiting pays here. Any thread; races only lose a count.
   std::atomic<std::uint32_t> spin_holdoff_{0};  // contended locks until it is tried again
