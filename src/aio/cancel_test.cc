@@ -15,7 +15,7 @@
 #include <thread>
 #include <vector>
 
-#include "aio/io_test_helpers.h"
+#include "aio/test_io.h"
 #include "aio/test_loop.h"
 #include "roost/aio/bottom_half.h"
 #include "roost/aio/io.h"
@@ -353,24 +353,37 @@ TEST_P(Cancel, AnOperationThatIsNotEvenTriedYet) {
 // ---- Many
 
 TEST_P(Cancel, OneStopEndsThousandsOfWaits) {
-  constexpr int kWaits = 3000;  // more than the submission ring holds
-  const SocketPair c = socket_pair();
-  std::stop_source source;
-  int ended = 0;
-  const auto body = [&](int i) -> Task<void> {
-    std::array<std::byte, 1> one;
-    if (i == 0) {
-      EXPECT_EQ(co_await io_recv(c.near.get(), one, 0, source.get_token()), -ECANCELED);
+  constexpr int kWaits = 3000;
+  constexpr int kPairs = 300;  // two waits each, more than the submission ring's 256 entries
+  std::vector<SocketPair> pairs;
+  for (int i = 0; i < kPairs; ++i) pairs.push_back(socket_pair());
+  // From home all at once, which the ring cannot hold; from elsewhere as they come home.
+  for (const bool from_home : {true, false}) {
+    std::stop_source source;
+    int ended = 0;
+    const auto body = [&](int i) -> Task<void> {
+      std::array<std::byte, 1> one;
+      if (i < kPairs) {
+        EXPECT_EQ(co_await io_recv(pairs[i].near.get(), one, 0, source.get_token()), -ECANCELED);
+      } else if (i < 2 * kPairs) {
+        const int fd = pairs[i - kPairs].far.get();
+        EXPECT_EQ(co_await io_poll(fd, POLLIN, source.get_token()), -ECANCELED);
+      } else {
+        EXPECT_FALSE(co_await sleep_for(3'600'000'000'000, source.get_token()));
+      }
+      ++ended;
+    };
+    for (int i = 0; i < kWaits; ++i) Coroutine::create(body(i))->enter();
+    poll_some();
+    std::thread other;
+    if (from_home) {
+      source.request_stop();
     } else {
-      EXPECT_FALSE(co_await sleep_for(3'600'000'000'000, source.get_token()));
+      other = std::thread([&] { source.request_stop(); });
     }
-    ++ended;
-  };
-  for (int i = 0; i < kWaits; ++i) Coroutine::create(body(i))->enter();
-  poll_some();
-  std::thread other([&] { source.request_stop(); });
-  poll_until([&] { return ended == kWaits; });
-  other.join();
+    poll_until([&] { return ended == kWaits; });
+    if (other.joinable()) other.join();
+  }
 }
 
 TEST_P(Cancel, ACoroutineThatIsStoppedMayDestroyTheSourceOnceTheRequestHasReturned) {

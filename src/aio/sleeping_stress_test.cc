@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <memory>
 #include <thread>
@@ -107,13 +108,23 @@ TEST_P(SleepingStress, SeveralKindsOfWakeUpsAtOnce) {
   EXPECT_GT(statistics.sleeps, 100u);
 }
 
-// A wake-up at home from a foreign thread, a million times over: co_wake races with everything.
-TEST_P(SleepingStress, ForeignThreadsWakeManyCoroutinesAtHome) {
+// Two threads without a context, 20,000 wake-ups each, and more until the home has slept in
+// between.
+TEST_P(SleepingStress, ForeignThreadsWakeCoroutinesAtHomeWhileItFallsAsleep) {
   const int wakes = rounds(20'000);
-  RealMachine machine(options());
-  const WakeCounts counts = wake_from_outside(machine, 2, wakes);
-  EXPECT_EQ(counts.resumed, 2 * wakes);
-  EXPECT_EQ(counts.elsewhere, 0);
+  const auto start = std::chrono::steady_clock::now();
+  int wakes_in_all = 0;
+  std::uint64_t sleeps = 0;
+  do {
+    RealMachine machine(options());
+    const WakeCounts counts = wake_from_outside(machine, 2, wakes, /*may_spin=*/false);
+    ASSERT_EQ(counts.resumed, 2 * wakes);
+    ASSERT_EQ(counts.elsewhere, 0);
+    wakes_in_all += 2 * wakes;
+    sleeps += counts.sleeps;
+  } while (sleeps < 100 && std::chrono::steady_clock::now() - start < std::chrono::seconds(30));
+  std::printf("%d wake-ups, %lu sleeps\n", wakes_in_all, sleeps);
+  EXPECT_GE(sleeps, 100u);
 }
 
 }  // namespace

@@ -41,13 +41,15 @@ inline int ping_pong(TestMachine& machine, AioContext& a, AioContext& b, int hop
 
 struct WakeCounts {
   int resumed = 0;
-  int elsewhere = 0;  // not at home
+  int elsewhere = 0;         // not at home
+  std::uint64_t sleeps = 0;  // of the home
 };
 
 /// Foreign threads wake coroutines at home: co_wake races with everything.
-inline WakeCounts wake_from_outside(TestMachine& machine, int wakers, int wakes_each) {
+inline WakeCounts wake_from_outside(TestMachine& machine, int wakers, int wakes_each,
+                                    bool may_spin = true) {
   constexpr int kCoroutines = 16;
-  auto home = machine.add_context("home");
+  auto home = machine.add_context("home", may_spin);
   struct Sleeper {
     std::atomic<Coroutine*> parked{nullptr};
     int resumed = 0;
@@ -56,6 +58,7 @@ inline WakeCounts wake_from_outside(TestMachine& machine, int wakers, int wakes_
   };
   std::array<Sleeper, kCoroutines> sleepers;
   std::atomic<int> elsewhere{0};
+  std::uint64_t sleeps = 0;  // home thread, until the last one has ended
   const auto body = [&](Sleeper& s) -> Task<void> {
     while (!s.stop) {
       co_await suspend([&at = s.parked](Coroutine& co) noexcept { at.store(&co); });
@@ -63,6 +66,7 @@ inline WakeCounts wake_from_outside(TestMachine& machine, int wakers, int wakes_
       if (AioContext::current() != home.get()) ++elsewhere;
       machine.note("resumed", static_cast<std::uint64_t>(&s - sleepers.data()));
     }
+    sleeps = home->statistics().sleeps;
     s.ended = true;
   };
   for (Sleeper& s : sleepers) spawn(*home, body(s), "sleeper");
@@ -90,6 +94,7 @@ inline WakeCounts wake_from_outside(TestMachine& machine, int wakers, int wakes_
   });
   machine.join_threads();
   counts.elsewhere = elsewhere;
+  counts.sleeps = sleeps;
   return counts;
 }
 

@@ -2,22 +2,20 @@
 // Locks and queues on several threads, with stops requested at any moment.
 //
 // Invariants: a lock excludes; nobody waits for ever (each test ends); who was cancelled owns
-// nothing; no unit, item or turn is lost. Each test goes on until the rare paths were reached, and
-// fails if they were not after half a minute.
+// nothing; no unit, item or turn is lost. Each test goes on until stops have ended waits and have
+// come too late for them, to one that was granted and on its way to resume.
 #include <gtest/gtest.h>
 #include <sched.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <deque>
-#include <functional>
 #include <memory>
 #include <mutex>
-#include <stop_token>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/test_build.h"
@@ -27,80 +25,17 @@
 #include "roost/sync/co_queue.h"
 #include "roost/sync/co_rwlock.h"
 #include "roost/sync/co_semaphore.h"
+#include "sync/test_stops.h"
 
 namespace roost {
 namespace {
-
-constexpr int kThreads = 3;
-constexpr int kPerThread = 4;
-constexpr int kCoroutines = kThreads * kPerThread;
-constexpr auto kMinTime = std::chrono::milliseconds(200);
-constexpr auto kMaxTime = std::chrono::seconds(30);
 
 bool several_cpus() {
   cpu_set_t allowed;
   return ::sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) > 1;
 }
 
-// The stop source that a coroutine's wait is to be ended by, for the thread that does so.
-class StopSlot {
- public:
-  std::stop_token renew() {
-    std::lock_guard lock(mutex_);
-    source_ = std::stop_source();
-    return source_.get_token();
-  }
-  void request_stop() {
-    std::unique_lock lock(mutex_);
-    std::stop_source source = source_;
-    lock.unlock();  // the callbacks may enter coroutines
-    source.request_stop();
-  }
-
- private:
-  std::mutex mutex_;
-  std::stop_source source_;
-};
-
-class SyncStress : public testing::Test {
- protected:
-  // Runs body(i) in kCoroutines coroutines until `reached` has come true, while another thread
-  // requests stops.
-  void run(const std::function<Task<>(int)>& body, const std::function<bool()>& reached) {
-    std::vector<std::unique_ptr<IOThread>> threads;
-    for (int i = 0; i < kThreads; ++i) threads.push_back(std::make_unique<IOThread>());
-    const auto root = [&](int i) -> Task<> {
-      co_await body(i);
-      ended_.fetch_add(1);
-    };
-    for (int i = 0; i < kCoroutines; ++i) {
-      AioContext& context = threads[i % kThreads]->context();
-      contexts_[i] = &context;
-      spawn(context, root(i));
-    }
-    const auto start = std::chrono::steady_clock::now();
-    TestRandom random(7);
-    for (;;) {
-      slots_[random.below(kCoroutines)].request_stop();
-      if (random.below(4) == 0) std::this_thread::yield();
-      if (random.below(16) == 0) std::this_thread::sleep_for(std::chrono::microseconds(20));
-      const auto age = std::chrono::steady_clock::now() - start;
-      if (age > kMaxTime || (age > kMinTime && reached())) break;
-    }
-    stop_ = true;
-    // Those that wait to be woken by others end by their stops.
-    while (ended_ < kCoroutines) {
-      for (StopSlot& slot : slots_) slot.request_stop();
-      std::this_thread::yield();
-    }
-    EXPECT_TRUE(reached()) << "the rare paths were not reached";
-  }
-
-  std::array<StopSlot, kCoroutines> slots_;
-  std::array<AioContext*, kCoroutines> contexts_{};
-  std::atomic<bool> stop_{false};
-  std::atomic<int> ended_{0};
-};
+class SyncStress : public StopsAtAnyMoment {};
 
 TEST_F(SyncStress, AMutexExcludesAndNobodyIsLost) {
   CoMutex mutex;
@@ -155,51 +90,53 @@ TEST_F(SyncStress, AQueueLosesNoWakeUp) {
   CoQueue not_empty;
   CoQueue not_full;
   std::deque<int> items;
+  std::uint64_t woken = 0;
   std::uint64_t put = 0;
   std::uint64_t got = 0;
-  std::atomic<std::uint64_t> cancelled{0};
-  std::atomic<std::uint64_t> waited{0};
+  WaitCounts waits;
+  // False: cancelled.
+  const auto wait = [&](CoQueue& queue, CoMutex::Guard& guard, int i) -> Task<bool> {
+    const std::stop_token stop = slots_[i].renew();
+    Seen seen;
+    Watched wait_for_change(queue.wait(guard, stop), stop, seen);
+    const Result<void> result = co_await std::move(wait_for_change);
+    waits.count(seen, result.has_value());
+    co_return result.has_value();
+  };
   const auto body = [&](int i) -> Task<> {
     TestRandom random(i);
     while (!stop_) {
       auto guard = co_await mutex.lock();
       if (i % 2) {
         bool ok = true;
-        while (items.size() >= 4 && ok) {
-          ok = (co_await not_full.wait(guard, slots_[i].renew())).has_value();
-          waited.fetch_add(1, std::memory_order_relaxed);
-        }
+        while (items.size() >= 4 && ok) ok = co_await wait(not_full, guard, i);
         if (items.size() < 4) {
           items.push_back(i);
           ++put;
           if (random.below(16)) {
-            not_empty.wake_one();
+            woken += not_empty.wake_one();
           } else {
-            not_empty.wake_all();
+            woken += not_empty.wake_all();
           }
         }
-        if (!ok) cancelled.fetch_add(1, std::memory_order_relaxed);
       } else {
         bool ok = true;
-        while (items.empty() && ok) {
-          ok = (co_await not_empty.wait(guard, slots_[i].renew())).has_value();
-          waited.fetch_add(1, std::memory_order_relaxed);
-        }
+        while (items.empty() && ok) ok = co_await wait(not_empty, guard, i);
         if (!items.empty()) {
           items.pop_front();
           ++got;
-          not_full.wake_one();
+          woken += not_full.wake_one();
         }
-        if (!ok) cancelled.fetch_add(1, std::memory_order_relaxed);
       }
       guard.unlock();
       if (random.below(16) == 0) co_await move_to(*contexts_[i]);
     }
   };
-  run(body, [&] { return cancelled > 20 && waited > 1000; });
-  std::printf("%lu put, %lu got, %lu waits, %lu cancelled\n", put, got, waited.load(),
-              cancelled.load());
+  run(body, [&] { return waits.both_ways() && waits.waited > 1000; });
+  std::printf("%lu put, %lu got\n", put, got);
+  waits.print("all");
   EXPECT_EQ(put, got + items.size());
+  EXPECT_EQ(waits.waited - waits.cancelled, woken);  // who was cancelled used up none
   EXPECT_TRUE(not_empty.empty());
 }
 
@@ -207,8 +144,9 @@ TEST_F(SyncStress, AQueueWithAThreadMutexLosesNoWakeUp) {
   ThreadMutex mutex;
   CoQueue changed;
   int tokens = 2;
+  std::uint64_t woken = 0;
   std::atomic<std::uint64_t> taken{0};
-  std::atomic<std::uint64_t> cancelled{0};
+  WaitCounts waits;
   std::atomic<int> errors{0};
   const auto body = [&](int i) -> Task<> {
     TestRandom random(i);
@@ -217,25 +155,30 @@ TEST_F(SyncStress, AQueueWithAThreadMutexLosesNoWakeUp) {
         std::unique_lock lock(mutex);
         bool ok = true;
         while (tokens == 0 && ok) {
-          ok = (co_await changed.wait(lock, slots_[i].renew())).has_value();
+          const std::stop_token stop = slots_[i].renew();
+          Seen seen;
+          Watched wait(changed.wait(lock, stop), stop, seen);
+          const Result<void> result = co_await std::move(wait);
+          ok = result.has_value();
+          waits.count(seen, ok);
           if (AioContext::current() != contexts_[i]) ++errors;
         }
-        if (tokens == 0) {
-          cancelled.fetch_add(1, std::memory_order_relaxed);
-          continue;
-        }
+        if (tokens == 0) continue;
         --tokens;
       }
       taken.fetch_add(1, std::memory_order_relaxed);
       if (random.below(8) == 0) co_await move_to(*contexts_[i]);
       std::lock_guard lock(mutex);
       ++tokens;
-      changed.wake_one();
+      woken += changed.wake_one();
     }
   };
-  run(body, [&] { return cancelled > 20 && taken > 1000; });
+  run(body, [&] { return waits.both_ways() && taken > 1000; });
+  std::printf("%lu taken\n", taken.load());
+  waits.print("all");
   EXPECT_EQ(errors, 0);
   EXPECT_EQ(tokens, 2);
+  EXPECT_EQ(waits.waited - waits.cancelled, woken);
 }
 
 TEST_F(SyncStress, ASemaphoreLosesNoUnit) {
@@ -243,15 +186,17 @@ TEST_F(SyncStress, ASemaphoreLosesNoUnit) {
   std::atomic<int> in_use{0};
   std::atomic<int> errors{0};
   std::atomic<std::uint64_t> acquired{0};
-  std::atomic<std::uint64_t> cancelled{0};
+  WaitCounts waits;
   const auto body = [&](int i) -> Task<> {
     TestRandom random(i);
     while (!stop_) {
       const int units = 1 + static_cast<int>(random.below(4));
-      if (!co_await semaphore.acquire(units, slots_[i].renew())) {
-        cancelled.fetch_add(1, std::memory_order_relaxed);
-        continue;
-      }
+      const std::stop_token stop = slots_[i].renew();
+      Seen seen;
+      Watched wait(semaphore.acquire(units, stop), stop, seen);
+      const Result<void> got = co_await std::move(wait);
+      waits.count(seen, got.has_value());
+      if (!got) continue;
       if (in_use.fetch_add(units) + units > 4) ++errors;
       acquired.fetch_add(1, std::memory_order_relaxed);
       if (random.below(4) == 0) co_await move_to(*contexts_[i]);
@@ -259,8 +204,9 @@ TEST_F(SyncStress, ASemaphoreLosesNoUnit) {
       semaphore.release(units);
     }
   };
-  run(body, [&] { return cancelled > 20 && acquired > 1000; });
-  std::printf("%lu acquired, %lu cancelled\n", acquired.load(), cancelled.load());
+  run(body, [&] { return waits.both_ways() && acquired > 1000; });
+  std::printf("%lu acquired\n", acquired.load());
+  waits.print("all");
   EXPECT_EQ(errors, 0);
   EXPECT_EQ(semaphore.available(), 4u);
 }
@@ -273,7 +219,8 @@ TEST_F(SyncStress, ARwlockExcludesWritersAndUpgradesInPlace) {
   std::atomic<int> errors{0};
   std::atomic<std::uint64_t> upgraded{0};
   std::atomic<std::uint64_t> refused{0};
-  std::atomic<std::uint64_t> cancelled{0};
+  WaitCounts writes;
+  WaitCounts upgrades;
   const auto check_write = [&] {
     if (writers.fetch_add(1) != 0 || readers != 0) ++errors;
     ++value;
@@ -283,11 +230,12 @@ TEST_F(SyncStress, ARwlockExcludesWritersAndUpgradesInPlace) {
     TestRandom random(i);
     while (!stop_) {
       if (random.below(4) == 0) {
-        auto guard = co_await lock.write(slots_[i].renew());
-        if (!guard) {
-          cancelled.fetch_add(1, std::memory_order_relaxed);
-          continue;
-        }
+        const std::stop_token stop = slots_[i].renew();
+        Seen seen;
+        Watched wait(lock.write(stop), stop, seen);
+        Result<CoRwlock::Guard> guard = co_await std::move(wait);
+        writes.count(seen, guard.has_value());
+        if (!guard) continue;
         check_write();
         if (random.below(2)) guard->downgrade();
         if (random.below(4) == 0) co_await move_to(*contexts_[i]);
@@ -296,32 +244,37 @@ TEST_F(SyncStress, ARwlockExcludesWritersAndUpgradesInPlace) {
       auto guard = co_await lock.read();
       readers.fetch_add(1);
       if (writers != 0) ++errors;
-      const std::uint64_t seen = value;
+      const std::uint64_t before = value;
       if (random.below(4) == 0) co_await move_to(*contexts_[i]);
-      if (seen != value) ++errors;
+      if (before != value) ++errors;
       readers.fetch_sub(1);
       if (random.below(8) == 0) {
-        const Result<bool> result = co_await guard.upgrade(slots_[i].renew());
+        const std::stop_token stop = slots_[i].renew();
+        Seen seen;
+        Watched wait(guard.upgrade(stop), stop, seen);
+        const Result<bool> result = co_await std::move(wait);
+        upgrades.count(seen, result.has_value());
         if (result.value_or(false)) {
-          if (value != seen) ++errors;  // nobody wrote in between
+          if (value != before) ++errors;  // nobody wrote in between
           check_write();
           upgraded.fetch_add(1, std::memory_order_relaxed);
-        } else {
-          (result ? refused : cancelled).fetch_add(1, std::memory_order_relaxed);
+        } else if (result) {
+          refused.fetch_add(1, std::memory_order_relaxed);
         }
       }
     }
   };
-  run(body, [&] { return upgraded > 100 && refused > 0 && cancelled > 20; });
-  std::printf("%lu upgraded, %lu refused, %lu cancelled\n", upgraded.load(), refused.load(),
-              cancelled.load());
+  run(body,
+      [&] { return upgraded > 100 && refused > 0 && writes.both_ways() && upgrades.both_ways(5); });
+  std::printf("%lu upgraded, %lu refused\n", upgraded.load(), refused.load());
+  writes.print("to write");
+  upgrades.print("to upgrade");
   EXPECT_EQ(errors, 0);
 }
 
 TEST_F(SyncStress, AnEventWakesEverybodyWhoWaits) {
   CoEvent event;
-  std::atomic<std::uint64_t> happened{0};
-  std::atomic<std::uint64_t> cancelled{0};
+  WaitCounts waits;
   const auto body = [&](int i) -> Task<> {
     while (!stop_) {
       if (i == 0) {
@@ -330,12 +283,15 @@ TEST_F(SyncStress, AnEventWakesEverybodyWhoWaits) {
         co_await move_to(*contexts_[i]);
         continue;
       }
-      const Result<void> result = co_await event.wait(slots_[i].renew());
-      (result ? happened : cancelled).fetch_add(1, std::memory_order_relaxed);
+      const std::stop_token stop = slots_[i].renew();
+      Seen seen;
+      Watched wait(event.wait(stop), stop, seen);
+      const Result<void> result = co_await std::move(wait);
+      waits.count(seen, result.has_value());
     }
   };
-  run(body, [&] { return happened > 1000 && cancelled > 20; });
-  std::printf("%lu happened, %lu cancelled\n", happened.load(), cancelled.load());
+  run(body, [&] { return waits.both_ways() && waits.waited > 1000; });
+  waits.print("all");
 }
 
 // Four coroutines a context lock, increment and unlock for ever.

@@ -92,11 +92,8 @@ Task<void> parent(World& world, Counts& counts) {
     Log log;
     const int children = static_cast<int>(random.below(12)) + 1;
     const bool to_fail = random.below(2);
-    std::stop_source stop;
     {
-      TaskGroup group({.name = "stress",
-                       .stop = stop.get_token(),
-                       .max_running = random.below(2) ? 3 : ~std::uint32_t{0}});
+      TaskGroup group({.name = "stress", .max_running = random.below(2) ? 3 : ~std::uint32_t{0}});
       bool will_wait = false;
       for (int i = 0; i < children; ++i) {
         // Those that wait for ever are few, and somebody stops them.

@@ -3,7 +3,6 @@
 #include "roost/sync/thread_mutex.h"
 
 #include <gtest/gtest.h>
-#include <sys/socket.h>
 
 #include <array>
 #include <cstddef>
@@ -12,10 +11,10 @@
 #include <stop_token>
 #include <string>
 
+#include "aio/test_io.h"
 #include "roost/aio/io.h"
 #include "roost/aio/thread_pool.h"
 #include "roost/aio/timer.h"
-#include "roost/aio/unique_fd.h"
 #include "roost/coro/gate.h"
 #include "roost/sync/task_group.h"
 #include "sync/test_tasks.h"
@@ -68,14 +67,12 @@ TEST_P(ThreadMutexDeathTest, ATimerIsAwaited) {
 }
 
 TEST_P(ThreadMutexDeathTest, IoIsAwaited) {
-  std::array<int, 2> ends{};
-  ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends.data()), 0);
-  const UniqueFd near(ends[0]);
-  const UniqueFd far(ends[1]);
+  const SocketPair pair = socket_pair();
   std::array<std::byte, 1> buffer{};
-  expect_death([&]() -> Task<void> { co_await io_recv(near.get(), buffer, 0); }, "I/O");
+  expect_death([&]() -> Task<void> { co_await io_recv(pair.near.get(), buffer, 0); }, "I/O");
   expect_death(
-      [&]() -> Task<void> { co_await io_recv(near.get(), buffer, 0, source_.get_token()); }, "I/O");
+      [&]() -> Task<void> { co_await io_recv(pair.near.get(), buffer, 0, source_.get_token()); },
+      "I/O");
 }
 
 TEST_P(ThreadMutexDeathTest, AWorkerIsAwaited) {
