@@ -258,6 +258,31 @@ TEST_F(CoRwlocks, ReadersShareAndAWriterIsAlone) {
   end(t);
 }
 
+TEST_F(CoRwlocks, TriedItIsGivenOnlyWhereNobodyWaitsOrIsInTheWay) {
+  const auto tries = [&]() -> Task<> {
+    order_ += lock_.try_read() ? 'r' : '-';
+    order_ += lock_.try_write() ? 'w' : '-';
+    co_return;
+  };
+  const auto expect_tries = [&](const std::string& given) {
+    order_.clear();
+    spawn(a(), tries());
+    settle();
+    EXPECT_EQ(order_, given);
+  };
+  expect_tries("rw");
+  EXPECT_FALSE(lock_.try_read());  // outside of any coroutine
+  EXPECT_FALSE(lock_.try_write());
+  Coroutine* r = reader('r');
+  expect_tries("r-");
+  Coroutine* w = writer('w');
+  expect_tries("--");  // the writer waits
+  end(r);
+  expect_tries("--");  // and writes
+  end(w);
+  expect_tries("rw");
+}
+
 TEST_F(CoRwlocks, AReaderDoesNotOvertakeAWaitingWriter) {
   Coroutine* r = reader('r');
   Coroutine* w = writer('w');

@@ -116,6 +116,14 @@ void CoMutex::cancel(Waiter& waiter) noexcept {
   if (core_.cancel(waiter)) wake_waiter_later(*waiter.co);
 }
 
+CoMutex::Guard CoMutex::adopt(Place place) {
+  const Coroutine* const me = Coroutine::self();
+  ROOST_CHECK(me && core_.holder() == token_of(*me),
+              "{} adopted by {} '{}' at {}, which does not hold it", name_,
+              me ? "coroutine" : "nobody", me ? me->name() : "", describe(place));
+  return Guard(*this);
+}
+
 // ---- Unlocking
 
 void CoMutex::unlock_contended(Coroutine* me, Place place) {

@@ -278,6 +278,12 @@ TEST_F(CoMutexes, AGuardCanBeMovedUnlockedAndReleased) {
     CoMutex* released = (co_await mutex_.lock()).release();
     EXPECT_EQ(released, &mutex_);
     released->unlock();
+    (co_await mutex_.lock()).release();
+    {
+      const CoMutex::Guard again = mutex_.adopt();
+      EXPECT_FALSE(mutex_.try_lock());
+    }
+    EXPECT_TRUE(mutex_.try_lock());
     order_ += 'x';
   };
   spawn(a(), body());
@@ -370,6 +376,17 @@ TEST_F(CoMutexDeath, ACoroutineThatEndsWithALockHeld) {
 TEST_F(CoMutexDeath, ACoroutineDestroyedWithALockHeld) {
   EXPECT_DEATH(Coroutine::destroy(start_holder(a())),
                "coroutine 'holder' ended with 1 of its coroutine locks held");
+}
+
+TEST_F(CoMutexDeath, AdoptingWhatOneDoesNotHold) {
+  const auto body = [&]() -> Task<> {
+    const CoMutex::Guard guard = mutex_.adopt();
+    co_return;
+  };
+  ContextScope scope(a());
+  EXPECT_DEATH(Coroutine::create(body(), "impostor")->enter(),
+               "the lock adopted by coroutine 'impostor' at sync/co_mutex_test.cc:[0-9]+, which "
+               "does not hold it");
 }
 
 TEST_F(CoMutexDeath, AThreadMutexHeldWhileACoroutineLockIsAwaited) {

@@ -14,6 +14,15 @@ CoRwlock::~CoRwlock() {
   });
 }
 
+CoRwlock::Guard CoRwlock::try_lock(std::uint64_t what) {
+  Coroutine* const me = Coroutine::self();
+  if (!me || !queue_.try_enter(what)) return {};
+  return Guard(*this, *me, what == kWrite);
+}
+
+CoRwlock::Guard CoRwlock::try_read() { return try_lock(kRead); }
+CoRwlock::Guard CoRwlock::try_write() { return try_lock(kWrite); }
+
 // False: another reader is upgrading.
 bool CoRwlock::begin_upgrade() noexcept {
   bool mine = false;

@@ -58,6 +58,9 @@ class CoMutex {
   /// An empty guard if it is held, or outside of any coroutine.
   [[nodiscard]] Guard try_lock() noexcept;
 
+  /// A guard again for a lock whose guard was released. Aborts unless this coroutine holds it.
+  [[nodiscard]] Guard adopt(Place place = Place::current());
+
   /// For a lock whose guard was released.
   [[gnu::always_inline]] void unlock(Place place = Place::current()) {
     Coroutine* const me = Coroutine::self();

@@ -79,9 +79,15 @@ class CoRwlock {
     return Lock<std::stop_token>(*this, kWrite, std::move(stop));
   }
 
+  /// An empty guard if it cannot be had at once, as where somebody waits, or outside of any
+  /// coroutine.
+  [[nodiscard]] Guard try_read();
+  [[nodiscard]] Guard try_write();
+
   const char* name() const noexcept { return queue_.name(); }
 
  private:
+  Guard try_lock(std::uint64_t what);
   bool begin_upgrade() noexcept;
   void check_not_writer(const Coroutine& co) const;
 
