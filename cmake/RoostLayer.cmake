@@ -101,3 +101,25 @@ function(roost_add_test name)
       PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
   endif()
 endfunction()
+
+# roost_add_refusals(NAME FILE MESSAGE...): tests NAME.0, NAME.1, ... compile FILE with ROOST_REFUSED
+# set to the number, and expect to be refused with each MESSAGE; "" is what is to compile.
+function(roost_add_refusals name file)
+  if(NOT ROOST_BUILD_TESTS)
+    return()
+  endif()
+  get_target_property(fmt_include_dirs fmt::fmt INTERFACE_INCLUDE_DIRECTORIES)
+  set(variant 0)
+  foreach(message IN LISTS ARGN)
+    add_test(NAME ${name}.${variant}
+      COMMAND ${CMAKE_CXX_COMPILER} ${CMAKE_CXX23_STANDARD_COMPILE_OPTION} -fsyntax-only
+              -I${PROJECT_SOURCE_DIR}/include "-I$<JOIN:${fmt_include_dirs},;-I>"
+              -DROOST_REFUSED=${variant} ${CMAKE_CURRENT_SOURCE_DIR}/${file}
+      COMMAND_EXPAND_LISTS)
+    set_tests_properties(${name}.${variant} PROPERTIES LABELS unit TIMEOUT 120)
+    if(message)
+      set_tests_properties(${name}.${variant} PROPERTIES PASS_REGULAR_EXPRESSION "${message}")
+    endif()
+    math(EXPR variant "${variant} + 1")
+  endforeach()
+endfunction()

@@ -11,7 +11,7 @@ namespace {
 
 struct Configuration {
   int workers = 0;
-  roost::CoEvent ready{false, "the configuration"};
+  roost::CoEvent ready{"the configuration"};
 };
 
 roost::Task<void> use(Configuration* configuration, int* seen, std::latch* done) {

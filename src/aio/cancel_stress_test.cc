@@ -19,7 +19,7 @@
 #include <stop_token>
 #include <thread>
 
-#include "aio/io_test_helpers.h"
+#include "aio/test_io.h"
 #include "aio/test_loop.h"
 #include "base/test_build.h"
 #include "roost/aio/bottom_half.h"

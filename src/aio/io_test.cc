@@ -132,6 +132,20 @@ TEST_P(Io, AnOperationPutOffDoesNotPutTheLoopToSleepAwake) {
 
 // ---- Files
 
+TEST(UniqueFds, OneThatIsAssignedToClosesItsOldOneAtOnce) {
+  int pipe[2];
+  ASSERT_EQ(::pipe2(pipe, O_CLOEXEC), 0);
+  UniqueFd to(pipe[0]);
+  UniqueFd from(pipe[1]);
+  to = std::move(from);
+  EXPECT_EQ(to.get(), pipe[1]);
+  EXPECT_FALSE(from);
+  EXPECT_EQ(::fcntl(pipe[0], F_GETFD), -1);
+  UniqueFd& itself = to;
+  to = std::move(itself);
+  EXPECT_EQ(to.get(), pipe[1]);
+}
+
 TEST_P(Io, WhatWasWrittenIsReadBack) {
   const UniqueFd file = temporary_file();
   const auto out = pattern(100'000);

@@ -391,5 +391,17 @@ TEST_P(IOThreads, DestructionWithNothingLiveQueuedIsFine) {
   context.reset();
 }
 
+TEST(IOThreadRun, WhatGivesAReferenceGivesItThroughARemoteCallToo) {
+  IOThread thread({.name = "far"});
+  int value = 1;
+  const auto get = [&value]() -> int& { return value; };
+  int& far = thread.context().run(get);
+  EXPECT_EQ(&far, &value);
+  const auto context = AioContext::create();
+  const ContextScope scope(*context);
+  int& near = context->run(get);
+  EXPECT_EQ(&near, &value);
+}
+
 }  // namespace
 }  // namespace roost

@@ -12,6 +12,7 @@
 #include <stop_token>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "aio/test_loop.h"
@@ -226,6 +227,23 @@ TEST_P(Offload, ANamedCallableWithCapturesThatNeedADestructorIsDestroyedOnce) {
   EXPECT_EQ(shared.use_count(), 1);
 }
 
+TEST_P(Offload, AResultOfTheCallableIsGivenAsItIsWithAStopTokenToo) {
+  const auto body = [&]() -> Task<void> {
+    const auto refuse = []() -> Result<int> { return fail(EIO, "on a worker"); };
+    const auto agree = []() -> Result<void> { return {}; };
+    std::stop_source source;
+    auto refused = co_await pool_.run(refuse, source.get_token());
+    static_assert(std::is_same_v<decltype(refused), Result<int>>);
+    EXPECT_EQ(refused.error().code(), EIO);
+    auto agreed = co_await pool_.run(agree, source.get_token());
+    static_assert(std::is_same_v<decltype(agreed), Result<void>>);
+    EXPECT_TRUE(agreed);
+    source.request_stop();
+    EXPECT_EQ((co_await pool_.run(agree, source.get_token())).error().code(), ECANCELED);
+  };
+  run(body);
+}
+
 TEST_P(Offload, AnExceptionIsRethrownAtHome) {
   const auto body = [&]() -> Task<void> {
     const auto fails = []() -> int { throw std::runtime_error("on a worker"); };
@@ -266,11 +284,14 @@ TEST_P(Offload, WhatHasNotStartedIsCancelled) {
   poll_until([&] { return cancelled != 0; });
   other.join();
   EXPECT_EQ(cancelled, ECANCELED);
-  // Once more, at home; and once more, with a stop that was there before.
+  // Once more, at home, where it does not go on on the caller's stack; and once more, with a stop
+  // that was there before.
   cancelled = 0;
   source = std::stop_source();
   Coroutine::create(body())->enter();
   source.request_stop();
+  EXPECT_EQ(cancelled, 0);
+  poll_some();
   EXPECT_EQ(cancelled, ECANCELED);
   cancelled = 0;
   Coroutine::create(body())->enter();

@@ -8,6 +8,7 @@
 #include "roost/aio/aio_context.h"
 #include "roost/aio/stop_relay.h"
 #include "roost/base/check.h"
+#include "roost/coro/may_wait.h"
 
 namespace roost {
 
@@ -127,7 +128,8 @@ class Sleep : public StopRelay {
     self.cancelled_ = true;
     if (!self.co_) return;  // requested before it began
     self.timer_.cancel();
-    self.end();
+    // It may be the stop callback itself that calls this.
+    if (self.ended()) wake_waiter_later(*self.co_);
   }
 
   static void resume(StopRelay& relay) noexcept { wake_waiter(*static_cast<Sleep&>(relay).co_); }
@@ -147,6 +149,7 @@ Task<void> sleep_until(std::int64_t deadline_ns) {
   AioContext& home = *AioContext::current();
   if (deadline_ns <= home.clock().now_ns()) co_return;
   Coroutine* co = Coroutine::self();
+  detail::check_may_wait(*co, "a timer");
   Timer timer(home, [co] { wake_waiter(*co); });
   timer.arm_at(deadline_ns);
   co_await suspend_waiting("a timer", PublishNothing{});
@@ -161,6 +164,7 @@ Task<Result<void>> sleep_until(std::int64_t deadline_ns, std::stop_token stop) {
   Sleep sleep(home);
   sleep.watch(stop);
   if (!sleep.cancelled()) {
+    detail::check_may_wait(*Coroutine::self(), "a timer");
     sleep.begin(deadline_ns);
     co_await suspend_waiting("a timer", PublishNothing{});
     sleep.forget();

@@ -205,6 +205,39 @@ TEST_F(Completions, ATokenThatWasMovedFromIsNotDropped) {
   EXPECT_EQ(seen.value, 1);
 }
 
+TEST_F(Completions, ATokenThatIsAssignedToDropsItsOldOneAtOnce) {
+  Completion<int> first("the first answer");
+  Completion<int> second("the second answer");
+  auto to = first.token();
+  auto from = second.token();
+  to = std::move(from);
+  EXPECT_TRUE(first.fired());
+  EXPECT_FALSE(second.fired());
+  EXPECT_TRUE(to);
+  EXPECT_FALSE(from);
+  auto& itself = to;
+  to = std::move(itself);
+  EXPECT_FALSE(second.fired());
+  to.fire(2);
+  EXPECT_TRUE(second.fired());
+}
+
+TEST_F(Completions, OneThatIsAssignedToAbandonsItsOldOneAtOnce) {
+  struct Witness {
+    std::shared_ptr<int> held;
+  };
+  const auto held = std::make_shared<int>(1);
+  Completion<Witness> to("the first answer");
+  to.token().fire(Witness{held});
+  EXPECT_EQ(held.use_count(), 2);
+  Completion<Witness> from("the second answer");
+  auto token = from.token();
+  to = std::move(from);
+  EXPECT_EQ(held.use_count(), 1);  // nobody takes that result any more
+  token.fire(Witness{held});
+  EXPECT_TRUE(to.fired());
+}
+
 TEST_F(Completions, AStoppedWaitEndsAtHomeAndALaterFireGoesNowhere) {
   auto done = std::make_unique<Completion<int>>("an answer");
   auto token = done->token();

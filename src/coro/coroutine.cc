@@ -291,7 +291,6 @@ void Coroutine::misuse(const char* what, Place place, CoStateValue seen) const {
          wait ? wait : "", seen.context(), describe(placed_at_.load(std::memory_order_relaxed)));
 }
 
-
 [[gnu::flatten]] void Coroutine::finish_move(Coroutine& co, ThreadState& thread,
                                              const void* awaiter) noexcept {
   const MoveAwaiter move = *static_cast<const MoveAwaiter*>(awaiter);

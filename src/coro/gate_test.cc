@@ -101,6 +101,18 @@ TEST_F(Gates, APassLeavesWhenItGoes) {
   gate_.leave();
 }
 
+TEST_F(Gates, APassThatIsAssignedToLeavesWithItsOldOneAtOnce) {
+  Gate::Pass to = gate_.try_pass();
+  Gate::Pass from = gate_.try_pass();
+  to = std::move(from);
+  EXPECT_TRUE(to);
+  EXPECT_FALSE(from);
+  EXPECT_EQ(gate_.in_flight(), 1u);
+  Gate::Pass& itself = to;
+  to = std::move(itself);
+  EXPECT_EQ(gate_.in_flight(), 1u);
+}
+
 TEST_F(Gates, WaitingForAnIdleOneDoesNotSuspend) {
   gate_.close();
   start(wait_idle(gate_, seen_));

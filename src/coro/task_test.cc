@@ -117,6 +117,20 @@ TEST_F(Tasks, AssignmentAndMoveHandTheFrameOn) {
   EXPECT_EQ(alive, 0);
 }
 
+TEST_F(Tasks, OneThatIsAssignedToDestroysItsOldFrameAtOnce) {
+  int old_alive = 0;
+  int alive = 0;
+  const auto child = [](Witness) -> Task<void> { co_return; };
+  Task<void> to = child(Witness(old_alive));
+  Task<void> from = child(Witness(alive));
+  to = std::move(from);
+  EXPECT_EQ(old_alive, 0);
+  EXPECT_EQ(alive, 1);
+  Task<void>& itself = to;
+  to = std::move(itself);
+  EXPECT_EQ(alive, 1);
+}
+
 TEST_F(Tasks, LocalsOfAChildGoWhenItsFrameGoes) {
   int alive = 0;
   const auto child = [&]() -> Task<int> {
@@ -214,6 +228,30 @@ TEST_F(Tasks, AChildStaysInItsParentsCoroutine) {
   run(body());
   EXPECT_NE(in_parent, nullptr);
   EXPECT_EQ(in_child, in_parent);
+}
+
+using TasksDeathTest = Tasks;
+
+TEST_F(TasksDeathTest, AwaitingOneThatIsEmptyMovedFromOrAwaitedBeforeAborts) {
+  const char* const message =
+      "coroutine 'test' at coro/task_test.cc:[0-9]+ awaits an empty task: one that was moved from, "
+      "or awaited before";
+  struct Body {
+    static Task<void> empty() { co_await Task<int>(); }
+    static Task<void> moved_from() {
+      auto task = number(1);
+      auto other = std::move(task);
+      co_await std::move(task);
+    }
+    static Task<void> twice() {
+      auto task = number(1);
+      co_await std::move(task);
+      co_await std::move(task);
+    }
+  };
+  EXPECT_DEATH(run(Body::empty()), message);
+  EXPECT_DEATH(run(Body::moved_from()), message);
+  EXPECT_DEATH(run(Body::twice()), message);
 }
 
 // Within a co_await expression GCC 12.2 destroys some temporaries twice: closures with captures

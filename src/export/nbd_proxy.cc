@@ -601,7 +601,7 @@ class NbdProxy::Connection {
   const std::stop_token stop_;
 
   Mode mode_ = Mode::kHandshake;
-  CoEvent decided_{false, "what the server answers"};
+  CoEvent decided_{"what the server answers"};
   nbd::ReplyStyle style_ = nbd::ReplyStyle::kSimple;
   bool no_zeroes_ = false;
   bool export_name_sent_ = false;
@@ -617,7 +617,7 @@ class NbdProxy::Connection {
   std::uint32_t option_left_ = 0;
   nbd::RequestParser requests_;
   std::uint64_t request_ = 0;
-  CoEvent requests_ended_{false, "the client's end"};
+  CoEvent requests_ended_{"the client's end"};
   std::int64_t to_server_free_ns_ = 0;
 
   // Server to client.
@@ -638,8 +638,8 @@ class NbdProxy::Connection {
   std::int64_t last_due_ns_ = 0;
   std::int64_t to_client_free_ns_ = 0;
   bool server_ended_ = false;
-  CoEvent changed_{false, "replies"};
-  CoEvent room_{false, "room for replies"};
+  CoEvent changed_{"replies"};
+  CoEvent room_{"room for replies"};
 };
 
 NbdProxy::NbdProxy(NbdFaults faults, std::function<void(const Fault&)> say,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // CoSemaphore, CoEvent and CoRwlock on contexts polled by hand.
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "roost/sync/co_event.h"
@@ -82,6 +83,22 @@ TEST_F(CoSemaphores, ACancelledRequestTakesNothingAndLetsTheNextIn) {
   EXPECT_EQ(semaphore_.available(), 0u);
 }
 
+TEST_F(CoSemaphores, AStopEntersNeitherItsWaiterNorTheNextOnTheCallersStack) {
+  std::stop_source stop;
+  spawn(a(), acquire('x', 5, stop.get_token()));
+  settle();
+  spawn(a(), acquire('1', 2));
+  settle();
+  {
+    ContextScope scope(a());
+    stop.request_stop();
+    EXPECT_EQ(order_, "");
+  }
+  settle();
+  EXPECT_NE(order_.find('X'), std::string::npos);
+  EXPECT_NE(order_.find('1'), std::string::npos);
+}
+
 TEST_F(CoSemaphores, AStopBeforeTakesNothingAndAStopAfterwardsChangesNothing) {
   std::stop_source stop;
   spawn(a(), acquire('0', 2));
@@ -132,6 +149,16 @@ TEST_F(CoEvents, SetWakesEverybodyInOrderAndLetsLaterOnesPass) {
   EXPECT_TRUE(event_.is_set());
 }
 
+TEST_F(CoEvents, ItIsSetFromTheBeginningOnlyWhereThatIsSaid) {
+  EXPECT_FALSE(CoEvent().is_set());
+  EXPECT_FALSE(CoEvent("a name").is_set());
+  EXPECT_FALSE(CoEvent("a name", false).is_set());
+  EXPECT_TRUE(CoEvent("a name", true).is_set());
+  // No name is taken for a flag.
+  static_assert(!std::is_constructible_v<CoEvent, const char*, const char*>);
+  static_assert(!std::is_constructible_v<CoEvent, bool, const char*>);
+}
+
 TEST_F(CoEvents, AWaitCanBeCancelledBeforeWhileAndNotAfter) {
   std::stop_source stop;
   spawn(a(), wait('x', stop.get_token()));
@@ -168,7 +195,7 @@ TEST_F(CoEvents, AWokenWaiterMayDestroyIt) {
 }
 
 TEST_F(CoEvents, DestroyingOneThatIsWaitedForAborts) {
-  std::optional<CoEvent> event(std::in_place, false, "the end");
+  std::optional<CoEvent> event(std::in_place, "the end");
   const auto body = [&]() -> Task<> { co_await event->wait(); };
   EXPECT_DEATH(
       {

@@ -94,7 +94,8 @@ bool CoMutex::spin_until_free(const CoContext* here) noexcept {
   return false;
 }
 
-// From the publish step, or from whoever moves a suspended coroutine here from a CoQueue.
+// From the publish step, or from whoever moves a suspended coroutine here from a CoQueue: by a stop
+// or a wake-up, whose stack it is not to be entered on.
 void CoMutex::start(Waiter& waiter) noexcept {
   Coroutine& co = *waiter.co;
   switch (core_.wait(waiter)) {
@@ -103,16 +104,16 @@ void CoMutex::start(Waiter& waiter) noexcept {
     case Core::Outcome::kTaken:
       taken_by(co);
       ROOST_PROBE(co_mutex_lock_return, this, &co);
-      wake_waiter(co);
+      wake_waiter_later(co);
       return;
     case Core::Outcome::kCancelled:
-      wake_waiter(co);
+      wake_waiter_later(co);
       return;
   }
 }
 
 void CoMutex::cancel(Waiter& waiter) noexcept {
-  if (core_.cancel(waiter)) wake_waiter(*waiter.co);
+  if (core_.cancel(waiter)) wake_waiter_later(*waiter.co);
 }
 
 // ---- Unlocking
@@ -171,15 +172,6 @@ bool CoMutex::take_turn(CallbackEntry& entry) noexcept {
   }
   wake_waiter(co);
   return true;
-}
-
-// ---- Common to all waits
-
-void detail::check_may_wait(const Coroutine& co, const char* waits_for, unsigned allowed) {
-  const unsigned held = this_thread().thread_locks;
-  ROOST_CHECK(held <= allowed,
-              "coroutine '{}' is about to wait for {} while its thread holds a ThreadMutex",
-              co.name(), waits_for);
 }
 
 }  // namespace roost

@@ -101,6 +101,32 @@ TEST_F(CoQueues, AStopEndsTheWaitWithTheMutexHeldAndUsesUpNoWakeUp) {
   EXPECT_EQ(order_, "X2");
 }
 
+// The mutex is free: nothing but the caller's stack is in the way.
+TEST_F(CoQueues, NeitherAStopNorAWakeUpEntersAWaiterOnTheCallersStack) {
+  std::stop_source stop;
+  spawn(a(), wait('x', stop.get_token()));
+  settle();
+  {
+    ContextScope scope(a());
+    stop.request_stop();
+    EXPECT_EQ(order_, "");
+  }
+  settle();
+  EXPECT_EQ(order_, "X");
+  for (const bool all : {false, true}) {
+    order_.clear();
+    spawn(a(), wait('1'));
+    settle();
+    {
+      ContextScope scope(a());
+      EXPECT_TRUE(all ? queue_.wake_all() == 1 : queue_.wake_one());
+      EXPECT_EQ(order_, "");
+    }
+    settle();
+    EXPECT_EQ(order_, "1");
+  }
+}
+
 TEST_F(CoQueues, AStopRequestedBeforeEndsTheWaitAtOnce) {
   std::stop_source stop;
   stop.request_stop();

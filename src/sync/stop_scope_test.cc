@@ -170,6 +170,42 @@ TEST_P(StopScopes, AnExceptionClearsTheDeadline) {
   EXPECT_FALSE(scope.stopped());
 }
 
+// The deadline's timer stays where it was set: it is cleared from where the task ended.
+TEST_P(StopScopes, ATaskUnderADeadlineMayEndElsewhere) {
+  struct Wanderer {
+    static Task<Result<void>> go(AioContext& to) {
+      co_await move_to(to);
+      co_return Result<void>();
+    }
+  };
+  auto other = AioContext::create(options("other"));
+  StopScope scope;
+  start(timed(1'000, scope, Wanderer::go(*other), error_));
+  {
+    ContextScope there(*other);
+    other->poll(false);
+    EXPECT_EQ(error_, 0);
+  }
+  // The time comes, and in the same iteration the message that clears the deadline, which goes
+  // first.
+  clock_.advance_ns(5'000);
+  poll_some();
+  EXPECT_FALSE(scope.stopped());
+  scope.set_deadline(6'000);  // there is none any more
+}
+
+TEST_P(StopScopes, AScopeMayBeDestroyedWhereItsDeadlineWasNotSet) {
+  auto scope = std::make_unique<StopScope>();
+  scope->set_deadline(1'000);
+  const std::stop_token token = scope->token();
+  std::thread([&] { scope.reset(); }).join();
+  // Heard of at once, not only when the time has come.
+  EXPECT_FALSE(context().timers().empty());
+  poll_some();
+  EXPECT_TRUE(context().timers().empty());
+  EXPECT_FALSE(token.stop_requested());
+}
+
 TEST_P(StopScopeDeathTest, ASecondDeadlineAborts) {
   StopScope scope;
   scope.set_deadline(1'000);

@@ -287,6 +287,29 @@ TEST_P(TaskGroups, AChildOnAnotherContextRunsThereAndTheParentResumesAtHome) {
   EXPECT_EQ(outcome.at, &context());
 }
 
+TEST_P(TaskGroups, AGroupWithADeadlineMayEndElsewhere) {
+  struct Parent {
+    static Task<void> run(AioContext& to, bool& ended) {
+      TaskGroup group;
+      group.scope().set_deadline(1'000);
+      group.spawn(succeed_at_once());
+      co_await move_to(to);
+      EXPECT_TRUE(co_await group.join());
+      ended = true;
+    }
+  };
+  auto other = AioContext::create(options("other"));
+  bool ended = false;
+  start(Parent::run(*other, ended));
+  poll_some();
+  {
+    ContextScope scope(*other);
+    other->poll(false);
+  }
+  EXPECT_TRUE(ended);
+  poll_some();
+}
+
 TEST_P(TaskGroups, RunJoinsThoughItsBodyThrowsBetweenSpawns) {
   struct Parent {
     static Task<void> body(TaskGroup& group, Log& log) {

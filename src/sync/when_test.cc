@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <variant>
 #include <vector>
 
@@ -200,6 +201,78 @@ TEST_P(When, AnyOfAVectorSaysWhichOneItWas) {
     }
   };
   run(Body::run(log_));
+}
+
+struct NoDefault {
+  explicit NoDefault(int v) : value(v) {}
+  int value;
+};
+Task<NoDefault> no_default(int value) { co_return NoDefault(value); }
+static_assert(!std::is_default_constructible_v<NoDefault>);
+
+TEST_P(When, AValueNeedsNoDefaultConstructor) {
+  struct Body {
+    static Task<void> run() {
+      StopScope scope;
+      std::vector<Task<NoDefault>> tasks;
+      tasks.push_back(no_default(8));
+      auto first = co_await when_any(scope, std::move(tasks));
+      EXPECT_EQ(first.value().value, 8);
+      StopScope again;
+      auto other = co_await when_any(again, no_default(9), nothing());
+      EXPECT_EQ(std::get<0>(other).value, 9);
+      std::vector<Task<NoDefault>> all;
+      all.push_back(no_default(10));
+      EXPECT_EQ((co_await when_all(std::move(all))).front().value, 10);
+      EXPECT_EQ(std::get<0>(co_await when_all(no_default(11), nothing())).value, 11);
+    }
+  };
+  run(Body::run());
+}
+
+// Throws at the move that brings `moves_left` to 0.
+struct Fragile {
+  explicit Fragile(int* left) : moves_left(left) {}
+  Fragile(Fragile&& other) : moves_left(other.moves_left) {
+    if (--*moves_left == 0) throw std::runtime_error("broken on the way");
+  }
+  int* moves_left;
+};
+Task<Fragile> fragile(int* moves_left) { co_return Fragile(moves_left); }
+
+TEST_P(When, AWinnerWhoseResultCannotBeMovedIsAnExceptionThatStopsTheOthers) {
+  struct Body {
+    static Task<void> run(bool vector, int throw_at, Log& log, bool& caught) {
+      StopScope scope;
+      int moves_left = throw_at;
+      try {
+        if (vector) {
+          std::vector<Task<Fragile>> tasks;
+          tasks.push_back(fragile(&moves_left));
+          auto first = co_await when_any(scope, std::move(tasks));
+          EXPECT_EQ(first.value().moves_left, &moves_left);
+        } else {
+          auto first =
+              co_await when_any(scope, fragile(&moves_left), until_stopped(scope.token(), log));
+          EXPECT_EQ(std::get<0>(first).moves_left, &moves_left);
+        }
+      } catch (const std::runtime_error&) {
+        caught = true;
+      }
+      EXPECT_EQ(caught, moves_left <= 0);
+      EXPECT_TRUE(scope.stopped());
+      EXPECT_EQ(log.frames, 0);
+    }
+  };
+  for (const bool vector : {false, true}) {
+    int throw_at = 0;
+    for (bool caught = true; caught;) {
+      caught = false;
+      run(Body::run(vector, ++throw_at, log_, caught));
+    }
+    // Before it has won, when it has, and on the way to the caller.
+    EXPECT_GT(throw_at, 3);
+  }
 }
 
 TEST_P(When, AnyWaitsForALoserThatDoesNotHeedTheStop) {

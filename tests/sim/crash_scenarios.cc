@@ -91,10 +91,10 @@ struct World {
   unsigned steps_left = kSteps;
   unsigned steps_of_this = 0;  // left of this RemoteExport
   std::size_t working = 0;
-  CoEvent idle{false, "the end of the workers"};
+  CoEvent idle{"the end of the workers"};
   bool lived = false;  // the client has done all it wanted
-  CoEvent client_over{false, "the end of the client"};
-  CoEvent faults_over{false, "the end of all faults"};
+  CoEvent client_over{"the end of the client"};
+  CoEvent faults_over{"the end of all faults"};
 
   bool everything_kept() const { return keep_bytes == 64 << 20; }
   bool settled() const {
@@ -132,7 +132,7 @@ void start_server(World& w) {
 }
 
 Task<void> stop(NbdServer& server) {
-  CoEvent stopped{false, "the end of a server"};
+  CoEvent stopped{"the end of a server"};
   server.stop([&] { stopped.set(); });
   co_await stopped.wait();
 }

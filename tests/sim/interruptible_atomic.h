@@ -7,55 +7,100 @@
 #pragma once
 
 #include <atomic>
+#include <cstdlib>
+#include <utility>
 
 namespace roost {
 
-/// Called before each operation while a simulation runs; null otherwise.
-using InterruptHook = void (*)() noexcept;
-inline InterruptHook interrupt_hook = nullptr;
+/// What a simulation does for the code that is compiled with this; null while none runs.
+struct InterruptHooks {
+  /// Called before each operation.
+  void (*interrupt)() noexcept = nullptr;
+  /// Called where it matters that others get several turns.
+  void (*stall)() noexcept = nullptr;
+  /// Called when the simulated thread whose turn it is begins to keep it, and when that ends.
+  void (*keep_turn)(bool begins) noexcept = nullptr;
+  /// One step of a wait that only others can end, and all of a wait until `over` is set.
+  void (*let_others_run)() noexcept = nullptr;
+  void (*wait_until)(const char* what, const bool& over) noexcept = nullptr;
+  /// Who runs: a simulated thread, or null for whoever drives them.
+  const void* (*current_thread)() noexcept = nullptr;
+};
+inline InterruptHooks interrupt_hooks;
 
-/// Called when the simulated thread whose turn it is begins to keep it, and when that ends.
-using KeepTurnHook = void (*)(bool begins) noexcept;
-inline KeepTurnHook keep_turn_hook = nullptr;
-
-/// Counts the reasons for that: mutexes that are held, and stops whose callbacks run.
+/// Counts the reasons to keep the turn: mutexes that are held, and stops, where they are one step.
 inline int uninterruptible = 0;
 
 inline void keep_turn() noexcept {
-  if (uninterruptible++ == 0 && keep_turn_hook) keep_turn_hook(true);
+  if (uninterruptible++ == 0 && interrupt_hooks.keep_turn) interrupt_hooks.keep_turn(true);
 }
 inline void stop_keeping_turn() noexcept {
-  if (--uninterruptible == 0 && keep_turn_hook) keep_turn_hook(false);
+  if (--uninterruptible == 0 && interrupt_hooks.keep_turn) interrupt_hooks.keep_turn(false);
 }
 
 inline void maybe_interrupt() noexcept {
-  if (interrupt_hook && uninterruptible == 0) interrupt_hook();
+  if (interrupt_hooks.interrupt && uninterruptible == 0) interrupt_hooks.interrupt();
 }
 
-/// A mutex that is never found locked: what it guards is one step of the simulation.
+inline void maybe_stall() noexcept {
+  if (interrupt_hooks.stall && uninterruptible == 0) interrupt_hooks.stall();
+}
+
+/// Who has to wait for others lets them run, whatever it holds: they may find it locked then.
+class TurnGivenUp {
+ public:
+  TurnGivenUp() noexcept : kept_(std::exchange(uninterruptible, 0)) {
+    if (kept_ > 0 && interrupt_hooks.keep_turn) interrupt_hooks.keep_turn(false);
+  }
+  ~TurnGivenUp() {
+    uninterruptible = kept_;
+    if (kept_ > 0 && interrupt_hooks.keep_turn) interrupt_hooks.keep_turn(true);
+  }
+  TurnGivenUp(const TurnGivenUp&) = delete;
+  TurnGivenUp& operator=(const TurnGivenUp&) = delete;
+
+ private:
+  const int kept_;
+};
+
+inline void let_others_run() noexcept {
+  const TurnGivenUp given_up;
+  if (!interrupt_hooks.let_others_run) std::abort();  // they cannot
+  interrupt_hooks.let_others_run();
+}
+
+inline void wait_until(const char* what, const bool& over) noexcept {
+  if (over) return;
+  const TurnGivenUp given_up;
+  if (!interrupt_hooks.wait_until) std::abort();  // nobody can end it
+  while (!over) interrupt_hooks.wait_until(what, over);
+}
+
+/// Whoever holds it keeps the turn: what it guards is one step of the simulation, and it is found
+/// locked only where its holder has to wait for others.
 class InterruptibleMutex {
  public:
   void lock() noexcept {
     maybe_interrupt();
+    wait_until("a mutex", free_);
+    free_ = false;
     keep_turn();
   }
   bool try_lock() noexcept {
-    lock();
+    maybe_interrupt();
+    if (!free_) return false;
+    free_ = false;
+    keep_turn();
     return true;
   }
   void unlock() noexcept {
+    free_ = true;
     stop_keeping_turn();
     maybe_interrupt();
   }
-};
 
-/// What stands around the library's stops: see Simulation::Undisturbed.
-class Uninterrupted {
- public:
-  Uninterrupted() noexcept { keep_turn(); }
-  ~Uninterrupted() { stop_keeping_turn(); }
-  Uninterrupted(const Uninterrupted&) = delete;
-  Uninterrupted& operator=(const Uninterrupted&) = delete;
+ private:
+  bool free_ = true;
 };
 
 template <class T>

@@ -65,7 +65,7 @@ struct World {
   Counters& counters;
   std::unique_ptr<NbdServer> server;
   std::size_t clients_left = kClients;
-  CoEvent over{false, "the end of all clients"};
+  CoEvent over{"the end of all clients"};
 };
 
 // One client: a connection that is made again when it is lost, and its workers' data.
@@ -80,7 +80,7 @@ struct Customer {
   std::vector<Oracle> oracles;
   unsigned steps_left = kWorkers * kSteps;
   std::size_t working = 0;
-  CoEvent idle{false, "the end of a client's workers"};
+  CoEvent idle{"the end of a client's workers"};
 };
 
 std::uint64_t first_byte(const Customer& c, std::size_t worker) {
@@ -241,7 +241,7 @@ Task<void> run_server(World& w, AioContext& main, BlockDriver& disk, bool& over)
     w.simulation.spawn(main, live(*customers.back()), "nbd client");
   }
   co_await w.over.wait();
-  CoEvent stopped{false, "the end of the server"};
+  CoEvent stopped{"the end of the server"};
   w.server->stop([&] { stopped.set(); });
   co_await stopped.wait();
   w.server.reset();

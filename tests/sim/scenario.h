@@ -36,6 +36,7 @@ std::span<const Scenario> runtime_scenarios();
 std::span<const Scenario> device_scenarios();
 std::span<const Scenario> sync_scenarios();
 std::span<const Scenario> wait_scenarios();
+std::span<const Scenario> stop_scenarios();
 std::span<const Scenario> nbd_scenarios();
 std::span<const Scenario> crash_scenarios();
 

@@ -1,8 +1,5 @@
 // SPDX-License-Identifier: MIT
 // Locks, queues and task groups between contexts that take turns.
-//
-// Nothing stops a group here: its stops come from within the library, which cannot keep others from
-// running meanwhile (see Simulation::Undisturbed).
 
 #include <array>
 #include <deque>

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "contexts.h"
+#include "helpers.h"
 #include "roost/aio/bottom_half.h"
 #include "roost/aio/context_binding.h"
 #include "roost/aio/io.h"
@@ -22,46 +23,6 @@
 namespace roost::sim {
 
 namespace {
-
-// Two threads without a context, which do what they are told: soon, in any order.
-class Helpers {
- public:
-  Helpers(Simulation& simulation, SimulatedMachine& machine) : simulation_(simulation) {
-    for (int i = 0; i < 2; ++i) {
-      machine.add_thread("helper", [this, &machine] {
-        while (!over_ || !jobs_.empty()) {
-          machine.relax();
-          if (jobs_.empty()) continue;
-          const auto at = static_cast<std::ptrdiff_t>(simulation_.random().below(jobs_.size()));
-          const auto job = std::move(jobs_[static_cast<std::size_t>(at)]);
-          jobs_.erase(jobs_.begin() + at);
-          for (auto n = simulation_.random().below(6); n > 0; --n) machine.relax();
-          job();
-        }
-      });
-    }
-  }
-
-  void give(std::function<void()> job) { jobs_.push_back(std::move(job)); }
-
-  /// Nobody else runs during the stop's callbacks: see Simulation::Undisturbed.
-  void give_stop(const std::shared_ptr<std::stop_source>& source) {
-    give([this, source] {
-      const Simulation::Undisturbed alone(simulation_);
-      source->request_stop();
-    });
-  }
-
-  void finish(SimulatedMachine& machine) {
-    over_ = true;
-    machine.join_threads();
-  }
-
- private:
-  Simulation& simulation_;
-  std::vector<std::function<void()>> jobs_;
-  bool over_ = false;
-};
 
 // A token is fired or dropped by another thread, by a coroutine elsewhere or by the one that is
 // going to wait; and the wait may be stopped.
@@ -129,7 +90,7 @@ void completion(Simulation& simulation, SimulatedMachine& machine, Counters& cou
   };
   for (int i = 0; i < kCoroutines; ++i) simulation.spawn(contexts.any(), body(i), "asking");
   machine.wait_until([&] { return ended == kCoroutines && firing == 0; });
-  helpers.finish(machine);
+  helpers.finish(machine, counters);
 }
 
 // Requests come and go through a gate that others close, wait for and open again.
@@ -205,7 +166,7 @@ void gate(Simulation& simulation, SimulatedMachine& machine, Counters& counters)
   }
   machine.wait_until(
       [&] { return ended == kRequesters + kDrains && inside == 0 && gate.in_flight() == 0; });
-  helpers.finish(machine);
+  helpers.finish(machine, counters);
 }
 
 // What all kinds of waits leave behind when they are stopped: nothing.
@@ -297,7 +258,7 @@ void stops(Simulation& simulation, SimulatedMachine& machine, Counters& counters
   };
   for (int i = 0; i < kCoroutines; ++i) simulation.spawn(contexts.any(), body(i), "waiting");
   machine.wait_until([&] { return ended == kCoroutines; });
-  helpers.finish(machine);
+  helpers.finish(machine, counters);
   ROOST_CHECK(units.available() == 2 && holders == 0, "a stopped wait holds something");
 }
 
@@ -354,7 +315,7 @@ void stopped_receives(Simulation& simulation, SimulatedMachine& machine, Counter
   simulation.spawn(contexts.any(), sender(), "sender");
   simulation.spawn(contexts.any(), receiver(), "receiver");
   machine.wait_until([&] { return ended == 2; });
-  helpers.finish(machine);
+  helpers.finish(machine, counters);
   simulation.close(channel.first);
   simulation.close(channel.second);
 }

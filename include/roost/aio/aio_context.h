@@ -114,6 +114,7 @@ class AioContext final : private AioContextIndex, public CoContext {
 
   /// Calls `function()` on the home thread and returns its result or throws what it threw; at once
   /// where this context is current. Blocks: aborts inside a coroutine. Somebody must be polling.
+  /// Not for coroutine functions: their task would not begin.
   template <class Function>
   auto run(Function&& function) -> std::invoke_result_t<Function&>;
 
@@ -359,9 +360,20 @@ class RemoteCall : public CallbackEntry {
 template <class Function>
 auto AioContext::run(Function&& function) -> std::invoke_result_t<Function&> {
   using R = std::invoke_result_t<Function&>;
+  static_assert(!detail::kIsTask<std::remove_cvref_t<R>>,
+                "run() calls a function, and a call of a coroutine only makes a task: spawn() that "
+                "on the context, or co_await move_to(context) and then the task");
   if (current() == this) return function();
   blocking_call_check("run()");
-  if constexpr (std::is_void_v<R>) {
+  if constexpr (std::is_reference_v<R>) {
+    std::remove_reference_t<R>* result = nullptr;
+    detail::RemoteCall call([&function, &result] {
+      R&& got = function();
+      result = std::addressof(got);
+    });
+    call.post_and_wait(*this);
+    return static_cast<R>(*result);
+  } else if constexpr (std::is_void_v<R>) {
     detail::RemoteCall call([&function] { function(); });
     call.post_and_wait(*this);
   } else {

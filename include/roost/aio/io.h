@@ -35,6 +35,7 @@
 #include "roost/aio/io_request.h"
 #include "roost/aio/stop_relay.h"
 #include "roost/coro/coroutine.h"
+#include "roost/coro/may_wait.h"
 
 namespace roost {
 
@@ -48,6 +49,7 @@ class [[nodiscard]] IoAwaiter {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     request_.co = frame.promise().co;
+    detail::check_may_wait(*request_.co, "I/O");
     start_ = suspend_waiting("I/O", Start{&request_});
     start_.await_suspend(frame);
   }
@@ -106,6 +108,7 @@ class [[nodiscard]] CancellableIoAwaiter {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     request_.co = frame.promise().co;
+    detail::check_may_wait(*request_.co, "I/O");
     start_.await_suspend(frame);
   }
 

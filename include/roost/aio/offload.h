@@ -17,6 +17,8 @@
 #include "roost/aio/thread_pool.h"
 #include "roost/base/result.h"
 #include "roost/coro/coroutine.h"
+#include "roost/coro/may_wait.h"
+#include "roost/coro/task.h"
 
 namespace roost {
 
@@ -98,6 +100,9 @@ template <class F>
 class OffloadJob : public ThreadPool::Work {
  public:
   using R = std::invoke_result_t<std::remove_reference_t<F>&>;
+  static_assert(!kIsTask<std::remove_cvref_t<R>>,
+                "run() calls a function, and a call of a coroutine only makes a task: a worker has "
+                "no context that it could run on");
 
   OffloadJob(ThreadPool& on, F&& f) noexcept : pool(on), function(std::forward<F>(f)) {
     run = [](ThreadPool::Work& work) noexcept {
@@ -133,6 +138,7 @@ class [[nodiscard]] OffloadAwaiter {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     job_.co = frame.promise().co;
+    detail::check_may_wait(*job_.co, "a worker thread");
     submit_.await_suspend(frame);
   }
 
@@ -148,11 +154,13 @@ class [[nodiscard]] OffloadAwaiter {
   SuspendAwaiter<Submit> submit_ = suspend_waiting("a worker thread", Submit{&job_});
 };
 
-/// What ThreadPool::run(function, stop) returns.
+/// What ThreadPool::run(function, stop) returns. Awaited it gives a Result, which is the callable's
+/// own where that gives one.
 template <class F>
 class [[nodiscard]] CancellableOffloadAwaiter {
   using Job = detail::OffloadJob<F>;
-  using R = typename Job::R;
+  using Given = typename Job::R;
+  using R = std::conditional_t<kIsResult<Given>, Given, Result<Given>>;
 
  public:
   CancellableOffloadAwaiter(ThreadPool& pool, F&& function, std::stop_token stop) noexcept
@@ -169,14 +177,15 @@ class [[nodiscard]] CancellableOffloadAwaiter {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     job_.co = frame.promise().co;
+    detail::check_may_wait(*job_.co, "a worker thread");
     if (stop_.stop_possible()) callback_.emplace(stop_, OnStop{&job_});
     submit_.await_suspend(frame);
   }
 
-  Result<R> await_resume() {
+  R await_resume() {
     callback_.reset();  // waits for it where it is running on another thread
     if (!job_.outcome.exists()) return fail(ECANCELED, "work for the thread pool");
-    if constexpr (std::is_void_v<R>) {
+    if constexpr (std::is_void_v<Given>) {
       job_.outcome.take();
       return {};
     } else {
@@ -190,7 +199,7 @@ class [[nodiscard]] CancellableOffloadAwaiter {
   struct OnStop {
     Job* job;
     void operator()() const noexcept {
-      if (job->pool.withdraw(*job)) wake_waiter(*job->co);
+      if (job->pool.withdraw(*job)) wake_waiter_later(*job->co);
     }
   };
   struct Submit {

@@ -77,8 +77,9 @@ class ThreadPool {
   template <class F>
   [[nodiscard]] auto run(F&& function);
 
-  /// As run(), and gives up when `stop` is requested: Result<R> of the function, or ECANCELED,
-  /// which says that it was not started, and is not going to be. What has started is waited for.
+  /// As run(), and gives up when `stop` is requested: a Result<T> of what the function gives, the
+  /// function's own if that is one, or ECANCELED, which says that it was not started, and is not
+  /// going to be. What has started is waited for.
   template <class F>
   [[nodiscard]] auto run(F&& function, std::stop_token stop);
 

@@ -17,7 +17,8 @@ class UniqueFd {
   explicit UniqueFd(int fd) noexcept : fd_(fd) {}
   UniqueFd(UniqueFd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
   UniqueFd& operator=(UniqueFd&& other) noexcept {
-    std::swap(fd_, other.fd_);
+    UniqueFd moved(std::move(other));  // leaves with the old one
+    std::swap(fd_, moved.fd_);
     return *this;
   }
   ~UniqueFd() { reset(); }

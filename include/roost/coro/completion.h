@@ -31,6 +31,7 @@
 #include "roost/base/result.h"
 #include "roost/coro/completion_core.h"
 #include "roost/coro/coroutine.h"
+#include "roost/coro/may_wait.h"
 
 namespace roost {
 
@@ -67,9 +68,10 @@ class [[nodiscard]] CompletionToken {
         name_(std::exchange(other.name_, nullptr)),
         fired_at_(other.fired_at_) {}
   CompletionToken& operator=(CompletionToken&& other) noexcept {
-    std::swap(state_, other.state_);
-    std::swap(name_, other.name_);
-    std::swap(fired_at_, other.fired_at_);
+    CompletionToken moved(std::move(other));  // leaves with the old one
+    std::swap(state_, moved.state_);
+    std::swap(name_, moved.name_);
+    std::swap(fired_at_, moved.fired_at_);
     return *this;
   }
   ~CompletionToken() {
@@ -174,8 +176,9 @@ class Completion {
   Completion(Completion&& other) noexcept
       : state_(std::exchange(other.state_, nullptr)), token_made_(other.token_made_) {}
   Completion& operator=(Completion&& other) noexcept {
-    std::swap(state_, other.state_);
-    std::swap(token_made_, other.token_made_);
+    Completion moved(std::move(other));  // leaves with the old one
+    std::swap(state_, moved.state_);
+    std::swap(token_made_, moved.token_made_);
     return *this;
   }
   ~Completion() {
@@ -261,6 +264,7 @@ class Completion<T>::Wait {
   bool await_ready() const noexcept { return state_.core.fired(); }
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
+    detail::check_may_wait(*frame.promise().co, state_.name);
     suspension_.await_suspend(frame);
   }
   R await_resume() {

@@ -26,6 +26,7 @@
 #include "roost/base/result.h"
 #include "roost/coro/coroutine.h"
 #include "roost/coro/gate_core.h"
+#include "roost/coro/may_wait.h"
 
 namespace roost {
 
@@ -75,7 +76,8 @@ class Gate {
     Pass() noexcept = default;
     Pass(Pass&& other) noexcept : gate_(std::exchange(other.gate_, nullptr)) {}
     Pass& operator=(Pass&& other) noexcept {
-      std::swap(gate_, other.gate_);
+      Pass moved(std::move(other));  // leaves with the old one
+      std::swap(gate_, moved.gate_);
       return *this;
     }
     ~Pass() { leave(); }
@@ -168,6 +170,7 @@ class Gate::Idle {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     waiter_.co = frame.promise().co;
+    detail::check_may_wait(*waiter_.co, gate_.name_);
     suspension_.await_suspend(frame);
   }
   void await_resume() const noexcept {}

@@ -24,6 +24,11 @@ class Task;
 
 namespace detail {
 
+template <class T>
+inline constexpr bool kIsTask = false;
+template <class T>
+inline constexpr bool kIsTask<Task<T>> = true;
+
 struct FinalAwaiter {
   bool await_ready() const noexcept { return false; }
   template <class Promise>
@@ -36,6 +41,9 @@ struct FinalAwaiter {
 
 // A PromiseBase is found from the address of its frame, whatever the type of the task.
 inline constexpr std::size_t kMaxTaskAlignment = __STDCPP_DEFAULT_NEW_ALIGNMENT__;
+
+/// There is no frame to go on with: aborts, and names the coroutine and the place.
+[[noreturn, gnu::cold]] void await_of_no_task(const PromiseBase& parent);
 
 struct TaskPromiseBase : PromiseBase {
   std::suspend_always initial_suspend() const noexcept { return {}; }
@@ -90,7 +98,8 @@ class [[nodiscard]] Task {
   explicit Task(Handle frame) noexcept : frame_(frame) {}
   Task(Task&& other) noexcept : frame_(std::exchange(other.frame_, nullptr)) {}
   Task& operator=(Task&& other) noexcept {
-    std::swap(frame_, other.frame_);
+    Task moved(std::move(other));  // leaves with the old one
+    std::swap(frame_, moved.frame_);
     return *this;
   }
   ~Task() {
@@ -100,7 +109,7 @@ class [[nodiscard]] Task {
   class Awaiter;
 
   /// Runs the task to its end within the awaiting coroutine, and gives its result or rethrows its
-  /// exception. A task can be awaited once.
+  /// exception. A task can be awaited once; one that was moved from, or awaited, aborts.
   Awaiter operator co_await() && noexcept;
 
   /// Gives the frame away. For Coroutine.
@@ -120,6 +129,8 @@ class Task<T>::Awaiter {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> parent) noexcept {
     static_assert(std::is_base_of_v<PromiseBase, Promise>, "await a Task inside a roost::Task");
+    if (!child_.frame_) [[unlikely]]
+      detail::await_of_no_task(parent.promise());
     Coroutine* co = parent.promise().co;
     child_.frame_.promise().co = co;
     child_.frame_.promise().continuation = parent;

@@ -67,6 +67,7 @@ class AdmissionQueue {
     wake_waiter(co);
   }
 
+  /// From a stop callback: enters nobody on its stack.
   void cancel(Waiter& waiter) noexcept {
     Waiter* admitted = nullptr;
     {
@@ -78,8 +79,8 @@ class AdmissionQueue {
       admitted = admit_first();
     }
     Coroutine& co = *waiter.co;
-    wake(admitted);
-    wake_waiter(co);
+    wake<&wake_waiter_later>(admitted);
+    wake_waiter_later(co);
   }
 
   /// Calls `function(state)` and admits those who can be admitted then.
@@ -91,7 +92,7 @@ class AdmissionQueue {
       function(state_);
       admitted = admit_first();
     }
-    wake(admitted);
+    wake<&wake_waiter>(admitted);
   }
 
   /// Calls `function(state)` and returns what it returns.
@@ -122,12 +123,13 @@ class AdmissionQueue {
     return first;
   }
 
+  template <void (*kWakeOne)(Coroutine&, Coroutine::Place)>
   static void wake(Waiter* waiter) noexcept {
     while (waiter) {
       // Once it is woken it may be gone.
       Coroutine& co = *waiter->co;
       waiter = static_cast<Waiter*>(waiter->later.get());
-      wake_waiter(co);
+      kWakeOne(co, Coroutine::Place::current());
     }
   }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cerrno>
+#include <concepts>
 #include <cstdint>
 #include <stop_token>
 #include <utility>
@@ -38,8 +39,9 @@ class CoEvent {
   };
 
   /// `name`, a literal, is what a waiting coroutine is said to wait for.
-  explicit CoEvent(bool set = false, const char* name = "an event") noexcept
-      : queue_(name, State{set}) {}
+  explicit CoEvent(const char* name = "an event") noexcept : CoEvent(name, false) {}
+  /// One that may be set from the beginning. (A pointer is no bool here.)
+  CoEvent(const char* name, std::same_as<bool> auto set) noexcept : queue_(name, State{set}) {}
 
   /// co_await returns once the event is set. Whoever waited when it was set returns, even if it is
   /// reset before its turn.

@@ -124,8 +124,8 @@ class CoMutex {
   static bool take_turn(CallbackEntry& entry) noexcept;
 
   Core core_;
-  // Where the last holder ran that took the lock while running; null: the lock was handed to one
-  // that does not run yet. Only compared, never followed.
+  // Where the last holder ran when it took the lock, or was to be woken with it; null: the lock was
+  // handed to one that does not run yet. Only compared, never followed.
   std::atomic<const CoContext*> holder_home_{nullptr};
 
   // Whether busy waiting pays here. Any thread; races only lose a count.

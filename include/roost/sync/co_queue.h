@@ -10,9 +10,9 @@
 // and resumes once it holds that: waking all makes nobody fight. First in, first out.
 //
 // Threads: wait() in coroutines, on any context; wake_one() and wake_all() on any thread, in a
-// coroutine or not, with the lock held or not. A waiter resumes at home.
-// Lifetime: outlives its waiters; the destructor aborts if there are any. A thread lock outlives
-// the wait.
+// coroutine or not, with the lock, or any thread lock, held or not: they never enter a waiter on
+// the caller's stack. A waiter resumes at home. Lifetime: outlives its waiters; the destructor
+// aborts if there are any. A thread lock outlives the wait.
 #pragma once
 
 #include <cerrno>
@@ -118,10 +118,9 @@ class CoQueue::WaitAwaiter
 
   auto await_resume() {
     this->end_of_wait();
-    if (waited_) {
-      if constexpr (kThreadLock) {
-        if (!lock_.owns_lock()) lock_.lock();
-      }
+    // A CoMutex was taken by whoever woke this.
+    if constexpr (kThreadLock) {
+      if (!lock_.owns_lock()) lock_.lock();
     }
     if constexpr (kCancellable) {
       return cancelled_ ? Result<void>(fail(ECANCELED, queue_.name())) : Result<void>();
@@ -144,7 +143,6 @@ class CoQueue::WaitAwaiter
     } else {
       co.lock_released();
     }
-    waited_ = true;
   }
 
   // The coroutine is woken through the queue of its home, whose thread is here: so it does not run,
@@ -162,7 +160,6 @@ class CoQueue::WaitAwaiter
 
   CoQueue& queue_;
   Lock& lock_;
-  bool waited_ = false;
   bool cancelled_ = false;  // guarded by the queue's lock during the wait
   union {
     Waiter waiter_;  // once it waits; trivially destructible

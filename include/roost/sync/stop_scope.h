@@ -9,19 +9,19 @@
 //
 // Nothing is ever left running: stopping asks, and whoever asked still awaits the end.
 //
-// Threads: request_stop(), token(), reason() from any thread; the deadline belongs to the context
-// it is set on, and is cleared, or the scope destroyed, there. Lifetime: destroy it after
-// everything that was given its token has ended, or at least does not count on being stopped any
-// more. It may be destroyed by what request_stop() sets off.
+// Threads: request_stop(), token(), reason() from any thread; the rest by one owner at a time, on
+// any. A deadline belongs to the context it is set on, and is met there; it may be cleared, and the
+// scope destroyed, elsewhere, by a coroutine that has moved, say.
+// Lifetime: destroy it after everything that was given its token has ended, or at least does not
+// count on being stopped any more. It may be destroyed by what request_stop() sets off. The context
+// of a deadline outlives it, and the message that clears it from elsewhere.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
-#include <optional>
 #include <stop_token>
 #include <utility>
 
-#include "roost/aio/timer.h"
 #include "roost/base/result.h"
 #include "roost/coro/task.h"
 
@@ -39,6 +39,7 @@ class StopScope {
 
   /// Stopped together with `parent`, if that has a source.
   explicit StopScope(std::stop_token parent = {}) : on_parent_(std::move(parent), OnParent{this}) {}
+  ~StopScope() { clear_deadline(); }
   StopScope(const StopScope&) = delete;
   StopScope& operator=(const StopScope&) = delete;
 
@@ -52,7 +53,9 @@ class StopScope {
   /// Aborts outside of any context, and if there is a deadline already.
   void set_deadline(std::int64_t deadline_ns);
   /// The deadline does not count any more, unless it has passed.
-  void clear_deadline() noexcept { timer_.reset(); }
+  void clear_deadline() noexcept {
+    if (deadline_) forget_deadline();
+  }
 
   bool stopped() const noexcept { return reason() != Reason::kNone; }
 
@@ -68,19 +71,23 @@ class StopScope {
     void operator()() const noexcept { scope->stop(Reason::kParent); }
   };
 
+  class Deadline;
+
   void stop(Reason reason) noexcept;
+  bool claim(Reason reason) noexcept;
+  void forget_deadline() noexcept;
 
   std::stop_source source_;
   std::atomic<Reason> reason_{Reason::kNone};  // any thread, once, from kNone to another
-  std::optional<Timer> timer_;                 // the context the deadline was set on
+  Deadline* deadline_ = nullptr;               // owner
   // Last: it may be called while it is made, and keeps its callback from running on once it goes.
   std::stop_callback<OnParent> on_parent_;
 };
 
 /// Runs `task`, which was given `scope`'s token, and stops the scope at `deadline_ns` of the
-/// current context's clock. Returns when the task has ended, with its result; where that is
-/// ECANCELED because of the deadline, with ETIMEDOUT. What was stopped is what the task's own
-/// operations say.
+/// current context's clock. Returns when the task has ended, wherever that was, with its result;
+/// where that is ECANCELED because of the deadline, with ETIMEDOUT. What was stopped is what the
+/// task's own operations say.
 template <class T>
 Task<Result<T>> with_deadline(std::int64_t deadline_ns, StopScope& scope, Task<Result<T>> task) {
   struct Clear {

@@ -35,6 +35,7 @@
 #include <utility>
 
 #include "roost/base/result.h"
+#include "roost/coro/may_wait.h"
 #include "roost/coro/task.h"
 #include "roost/sync/child_set.h"
 #include "roost/sync/stop_scope.h"
@@ -178,6 +179,7 @@ class TaskGroup::Room {
   bool await_ready() const noexcept { return group_.room_or_stopped(); }
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
+    detail::check_may_wait(*frame.promise().co, "room in a task group");
     suspension_.await_suspend(frame);
   }
   bool await_resume() const noexcept { return !group_.scope_.stopped(); }

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
-// A std::mutex that notices a coroutine about to wait for a coroutine lock while its thread holds
-// it.
+// A std::mutex that notices a coroutine about to wait while its thread holds it.
 //
 // A thread that holds a thread lock must not suspend a coroutine: whoever wants the lock next
 // blocks its whole event loop, and if that is the home of whoever is to end the wait, for ever.
-// With a ThreadMutex such a wait aborts, in release builds too, and names the coroutine.
+// With a ThreadMutex such a wait aborts, in release builds too, and names the coroutine: where it
+// is for a lock or queue, a Completion, a Gate, a group's children or room, a timer, I/O, or a
+// worker. move_to(), yield() and suspend(), which are for other uses and must cost nothing, do not
+// look.
 //
 // Threads: any; lock and unlock on the same thread. CoQueue::wait() lets go of it and takes it
 // again. Lifetime: as std::mutex.

@@ -17,12 +17,9 @@
 #include <utility>
 
 #include "roost/coro/coroutine.h"
+#include "roost/coro/may_wait.h"
 
 namespace roost::detail {
-
-/// Aborts if the thread holds more than `allowed` ThreadMutexes: they would be held across a
-/// suspension.
-void check_may_wait(const Coroutine& co, const char* waits_for, unsigned allowed);
 
 /// What an operation returns: co_await makes the Awaiter of it, in the frame. Others come to hold
 /// the address of an awaiter, so it cannot be moved; but what passes through await_transform() GCC
@@ -46,7 +43,10 @@ class [[nodiscard]] Wait {
 ///     kThreadLocksReleased                how many ThreadMutexes start() lets go of; 0 if absent
 ///     void prepare(Coroutine&) noexcept   about to suspend: make the waiter
 ///     void start() noexcept               suspended: grant the wait, or enqueue
-///     void stop() noexcept                take the waiter off the list and wake it, if it is there
+///     void stop() noexcept                take the waiter off the list and wake it, if it is
+///     there,
+///                                         without entering it: a stop callback's stack is
+///                                         anybody's
 ///
 /// Nothing is written before it is clear that the coroutine waits.
 template <class Derived, bool kCancellable>

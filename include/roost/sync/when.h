@@ -19,6 +19,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <exception>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -159,7 +160,11 @@ class Race : public ChildSet {
 
   // For run_child(): hides that of ChildSet.
   void fail(std::exception_ptr exception) noexcept {
-    if (win()) ChildSet::fail(std::move(exception));
+    if (win()) winner_failed(std::move(exception));
+  }
+  /// The one that has won, whose result cannot be kept.
+  void winner_failed(std::exception_ptr exception) noexcept {
+    ChildSet::fail(std::move(exception));
   }
 
  private:
@@ -167,16 +172,23 @@ class Race : public ChildSet {
   std::atomic<bool> decided_{false};  // false until the first has ended
 };
 
-/// Puts the winner's result into alternative `kIndex` of a variant.
-template <std::size_t kIndex, class Winner>
+/// Keeps the winner's result. `At` says which one it is, to the constructor of Winner.
+template <class Winner, class At>
 struct KeepFirst {
   Race* race;
   std::optional<Winner>* winner;
+  At at;
 
   template <class... U>
   void operator()(U&&... result) const {
     if (!race->win()) return;
-    winner->emplace(std::in_place_index<kIndex>, std::forward<U>(result)...);
+    try {
+      winner->emplace(at, std::forward<U>(result)...);
+    } catch (...) {
+      // Nobody else wins any more.
+      race->winner_failed(std::current_exception());
+      return;
+    }
     race->stop_others();
   }
 };
@@ -213,7 +225,9 @@ requires(sizeof...(T) > 0) auto when_all(Task<T>... tasks) {
 template <class T>
 class First {
  public:
-  First(std::size_t index, T value) : index_(index), value_(std::move(value)) {}
+  template <class... U>
+  requires std::is_constructible_v<T, U...> First(std::size_t index, U&&... value)
+      : index_(index), value_(std::forward<U>(value)...) {}
   std::size_t index() const noexcept { return index_; }
   T& value() noexcept { return value_; }
 
@@ -222,25 +236,16 @@ class First {
   T value_;
 };
 
-/// The result of the first task to end, be it a success, an error or an exception. It stops
-/// `scope`, and the others are awaited; what they give is lost. So a task for when_any() either
-/// leaves nothing behind, or says what it did where it can be seen. REQUIRES: at least one task.
+/// The result of the first task to end, be it a success, an error or an exception (thrown by moving
+/// the result, too). It stops `scope`, and the others are awaited; what they give is lost. So a
+/// task for when_any() either leaves nothing behind, or says what it did where it can be seen.
+/// REQUIRES: at least one task.
 template <class T>
 Task<First<detail::NotVoid<T>>> when_any(StopScope& scope, std::vector<Task<T>> tasks) {
-  using V = detail::NotVoid<T>;
-  struct Keep {
-    detail::Race* race;
-    std::optional<First<V>>* winner;
-    std::size_t index;
-    void operator()(V value) const {
-      if (!race->win()) return;
-      winner->emplace(index, std::move(value));
-      race->stop_others();
-    }
-    void operator()() const { (*this)(V()); }
-  };
+  using Winner = First<detail::NotVoid<T>>;
+  using Keep = detail::KeepFirst<Winner, std::size_t>;
   ROOST_CHECK(!tasks.empty(), "when_any() of no tasks");
-  std::optional<First<V>> winner;
+  std::optional<Winner> winner;
   detail::Race race(scope);
   try {
     for (std::size_t i = 0; i < tasks.size(); ++i) {
@@ -266,7 +271,8 @@ requires(sizeof...(T) > 0) Task<std::variant<detail::NotVoid<T>...>> when_any(St
     [&]<std::size_t... kIndex>(std::index_sequence<kIndex...>) {
       (race.start(detail::here(),
                   detail::run_child(race, std::move(tasks),
-                                    detail::KeepFirst<kIndex, Winner>{&race, &winner})),
+                                    detail::KeepFirst<Winner, std::in_place_index_t<kIndex>>{
+                                        &race, &winner, std::in_place_index<kIndex>})),
        ...);
     }
     (std::index_sequence_for<T...>());
