@@ -171,8 +171,8 @@ struct Cancel : Suite<threads>, World {
 int main(int argc, char** argv) {
   using namespace roost::model;
   Cases cases(argc, argv);
-  cases.bounded<Destroy>("destroy", 4, {&taken_at_once, &taken_late, &competed});
-  cases.bounded<Lock<2, 1>>("two_threads", 4, {&taken_at_once, &taken_late, &competed});
+  cases.exhaustive<Destroy>("destroy", {&taken_at_once, &taken_late, &competed});
+  cases.exhaustive<Lock<2, 1>>("two_threads", {&taken_at_once, &taken_late, &competed});
   cases.bounded<Cancel<3>>("cancel", 3, {&cancelled_queued, &cancelled_late, &cancelled_in_vain});
   cases.random<Lock<3, 3>>("three_threads", 200000,
                            {&taken_at_once, &taken_late, &competed, &defeated});

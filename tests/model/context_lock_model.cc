@@ -50,8 +50,8 @@ struct Park {
     }
   }
 
-  static void reset() {
-    spurious_left = 1;
+  static void reset(unsigned spurious_wake_ups = 1) {
+    spurious_left = spurious_wake_ups;
     for (auto& word : sleeping_on) word = nullptr;
   }
 
@@ -74,6 +74,12 @@ struct World {
     ++turns;
     schedule_point();
     held = false;
+  }
+
+  // In one step: it is the order of memory that tells whether another is at it.
+  void brief_section() {
+    guarded.set(guarded.get() + 1);
+    ++turns;
   }
 
   // A control thread; recursive.
@@ -121,8 +127,9 @@ struct Home : Suite<threads>, World {
   }
 };
 
-// Three that only lock.
-struct Foreign : Suite<3>, World {
+// Two or three that only lock.
+template <unsigned threads>
+struct Foreign : Suite<threads>, World {
   void before() override {
     Park::reset();
     lock.make();
@@ -133,7 +140,30 @@ struct Foreign : Suite<3>, World {
     lock->unlock();
   }
   void after() override {
-    require(turns == 3, "all had their turn");
+    require(turns == threads, "all had their turn");
+    require(lock->is_free(), "nobody holds it");
+    lock.destroy();
+  }
+};
+
+// The home lets one go first, if it waits.
+struct LetOthers : Suite<2>, World {
+  void before() override {
+    Park::reset(0);
+    lock.make();
+    lock->lock();
+  }
+  void thread(unsigned self) override {
+    if (self == 0) {
+      if (lock->let_others()) let_others.take();
+    } else {
+      lock->lock();
+    }
+    brief_section();
+    lock->unlock();
+  }
+  void after() override {
+    require(turns == 2, "both had their turn");
     require(lock->is_free(), "nobody holds it");
     lock.destroy();
   }
@@ -145,10 +175,12 @@ struct Foreign : Suite<3>, World {
 int main(int argc, char** argv) {
   using namespace roost::model;
   Cases cases(argc, argv);
+  cases.exhaustive<Foreign<2>>("two_threads", {&slept, &woken, &not_slept});
   cases.bounded<Home<2, 1>>("home", 3, {&slept, &woken, &let_others, &queued_behind});
-  cases.bounded<Foreign>("foreign", 2, {&slept, &woken});
+  cases.bounded<Foreign<3>>("foreign", 2, {&slept, &woken});
   cases.random<Home<3, 2>>("home_at_random", 200000,
                            {&slept, &woken, &not_slept, &let_others, &queued_behind});
-  cases.random<Foreign>("foreign_at_random", 300000, {&slept, &woken, &not_slept});
+  cases.random<Foreign<3>>("foreign_at_random", 300000, {&slept, &woken, &not_slept});
+  cases.exhaustive<LetOthers>("let_others", {&slept, &woken, &let_others});
   return cases.result();
 }

@@ -95,9 +95,9 @@ struct World {
   }
 };
 
-// A drain against two requests, one of which comes back when the gate is open again.
-template <bool with_part>
-struct Drain : Suite<3>, World {
+// A drain against one or two requests, one of which comes back when the gate is open again.
+template <unsigned threads, bool with_part>
+struct Drain : Suite<threads>, World {
   void before() override { gate.make(); }
   void thread(unsigned self) override {
     if (self == 0) {
@@ -118,11 +118,12 @@ struct Drain : Suite<3>, World {
   }
 };
 
-// Two are in flight; the drain frees the gate as soon as they have left.
-struct GoWhenIdle : Suite<3>, World {
+// One or two are in flight; the drain frees the gate as soon as they have left.
+template <unsigned threads>
+struct GoWhenIdle : Suite<threads>, World {
   void before() override {
     gate.make();
-    for (int i = 0; i < 2; ++i) {
+    for (unsigned i = 1; i < threads; ++i) {
       require(gate->try_enter() == Core::Enter::kEntered, "it is open");
       enter();
     }
@@ -198,20 +199,56 @@ struct StoppedThenGoes : Suite<3>, World {
   }
 };
 
+// The same with one thread that stops the wait and leaves, in either order.
+struct StopAndLeave : Suite<2>, World {
+  void before() override {
+    gate.make();
+    require(gate->try_enter() == Core::Enter::kEntered, "it is open");
+    enter();
+    gate->close();
+  }
+  void thread(unsigned self) override {
+    if (self == 1) {
+      const bool leaves_first = rl::rand(2) == 0;
+      const auto finish = [&] {
+        work[1].set(1);
+        leave();
+      };
+      if (leaves_first) finish();
+      if (gate->stop(waiters[0])) wakes[0].post(true);
+      stop_returned.set();
+      if (!leaves_first) finish();
+      return;
+    }
+    if (!wait_until_idle(0, true)) {
+      stopped.take();
+      while (!gate->idle()) rl::yield(1, RL_INFO);
+    }
+    require(work[1].get() == 1, "what was done in flight is seen");
+    gate.destroy();
+  }
+};
+
 }  // namespace
 }  // namespace roost::model
 
 int main(int argc, char** argv) {
   using namespace roost::model;
   Cases cases(argc, argv);
-  cases.bounded<GoWhenIdle>("go_when_idle", 3, {&was_idle, &not_listed, &woken});
-  cases.bounded<Drain<false>>("drain", 2, {&entered, &refused, &entered_later, &was_idle, &woken});
+  cases.exhaustive<GoWhenIdle<2>>("one_goes", {&was_idle, &not_listed, &woken});
+  cases.exhaustive<Drain<2, true>>(
+      "drain_one", {&entered, &refused, &entered_later, &was_idle, &not_listed, &woken});
+  cases.exhaustive<StopAndLeave>("stop_and_leave", {&was_idle, &not_listed, &woken, &stopped});
+  cases.bounded<GoWhenIdle<3>>("go_when_idle", 3, {&was_idle, &not_listed, &woken});
+  cases.bounded<Drain<3, false>>("drain", 2,
+                                 {&entered, &refused, &entered_later, &was_idle, &woken});
   cases.bounded<Stop>("stop", 2, {&was_idle, &not_listed, &woken, &woke_two, &stopped});
   cases.bounded<StoppedThenGoes>("stopped_then_goes", 3,
                                  {&was_idle, &not_listed, &woken, &stopped});
-  cases.random<GoWhenIdle>("go_when_idle_at_random", 200000, {&was_idle, &not_listed, &woken});
-  cases.random<Drain<true>>("drain_at_random", 300000,
-                            {&entered, &refused, &entered_later, &was_idle, &not_listed, &woken});
+  cases.random<GoWhenIdle<3>>("go_when_idle_at_random", 200000, {&was_idle, &not_listed, &woken});
+  cases.random<Drain<3, true>>(
+      "drain_at_random", 300000,
+      {&entered, &refused, &entered_later, &was_idle, &not_listed, &woken});
   cases.random<Stop>("stop_at_random", 300000,
                      {&was_idle, &not_listed, &woken, &woke_two, &stopped});
   return cases.result();
