@@ -520,8 +520,11 @@ void nbd_cut(Simulation& simulation, SimulatedMachine& machine, Counters& counte
 
 constexpr Scenario kScenarios[] = {
     {"nbd_crash", "NBD servers that crash, clients that reconnect, an oracle of what may be lost",
-     nbd_crash},
-    {"nbd_cut", "NBD clients whose connections are cut, an oracle of what may be lost", nbd_cut},
+     nbd_crash,
+     "cut power_lost killed another_export stopped perhaps_written cells_lost told opened "
+     "connections_lost reconnected written_again"},
+    {"nbd_cut", "NBD clients whose connections are cut, an oracle of what may be lost", nbd_cut,
+     "cut stopped told opened connections_lost reconnected written_again perhaps_written"},
 };
 
 }  // namespace

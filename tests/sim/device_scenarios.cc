@@ -325,10 +325,12 @@ void pool(Simulation& simulation, SimulatedMachine& machine, Counters& counters)
 }
 
 constexpr Scenario kScenarios[] = {
-    {"echo", "connections with slow, short and lost peers", echo},
-    {"handlers", "handlers of ready descriptors", handlers},
-    {"disk", "disks that answer late, partly or with power lost", disk},
-    {"pool", "work of a thread pool", pool},
+    {"echo", "connections with slow, short and lost peers", echo,
+     "echoed lost_peers saw_reset saw_end"},
+    {"handlers", "handlers of ready descriptors", handlers, "handled"},
+    {"disk", "disks that answer late, partly or with power lost", disk,
+     "syncs short_writes read_back unsynced_at_crash"},
+    {"pool", "work of a thread pool", pool, "jobs"},
 };
 
 }  // namespace

@@ -41,10 +41,14 @@ class Helpers {
     give([source] { source->request_stop(); });
   }
 
-  /// When all is done. Counts how often a stop's callback, interrupted, had to be waited for.
-  void finish(SimulatedMachine& machine, Counters& counters) {
+  /// When all is done.
+  void finish(SimulatedMachine& machine) {
     over_ = true;
     machine.join_threads();
+  }
+  /// Likewise, and counts how often a stop's callback, interrupted, had to be waited for.
+  void finish(SimulatedMachine& machine, Counters& counters) {
+    finish(machine);
     counters.add("callbacks_awaited", stop_callbacks_awaited);
   }
 

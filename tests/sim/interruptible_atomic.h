@@ -7,7 +7,9 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <utility>
 
 namespace roost {
@@ -25,6 +27,9 @@ struct InterruptHooks {
   void (*wait_until)(const char* what, const bool& over) noexcept = nullptr;
   /// Who runs: a simulated thread, or null for whoever drives them.
   const void* (*current_thread)() noexcept = nullptr;
+  /// Another simulated thread, and something that happens later.
+  void (*start_thread)(std::function<void()> body) = nullptr;
+  void (*call_after)(std::int64_t delay_ns, std::function<void()> action) = nullptr;
 };
 inline InterruptHooks interrupt_hooks;
 
@@ -96,6 +101,30 @@ class InterruptibleMutex {
   void unlock() noexcept {
     free_ = true;
     stop_keeping_turn();
+    maybe_interrupt();
+  }
+
+ private:
+  bool free_ = true;
+};
+
+/// Its holder may lose the turn, as the holder of a mutex may lose its CPU: others wait for it in
+/// simulated time.
+class PreemptibleMutex {
+ public:
+  void lock() noexcept {
+    maybe_interrupt();
+    wait_until("a thread mutex", free_);
+    free_ = false;
+    maybe_interrupt();
+  }
+  bool try_lock() noexcept {
+    maybe_interrupt();
+    return std::exchange(free_, false);
+  }
+  void unlock() noexcept {
+    maybe_interrupt();
+    free_ = true;
     maybe_interrupt();
   }
 

@@ -266,8 +266,8 @@ void nbd_service(Simulation& simulation, SimulatedMachine& machine, Counters& co
 }
 
 constexpr Scenario kScenarios[] = {
-    {"nbd", "NBD clients and a server, lost connections, moves, an oracle of the data",
-     nbd_service},
+    {"nbd", "NBD clients and a server, lost connections, moves, an oracle of the data", nbd_service,
+     "moved connected told_extents lost"},
 };
 
 }  // namespace

@@ -222,14 +222,16 @@ void nested_polls(Simulation& simulation, SimulatedMachine& machine, Counters& c
 }
 
 constexpr Scenario kScenarios[] = {
-    {"hop", "contexts pass coroutines around", hop},
-    {"direct_entry", "try_enter() races with a pending schedule", direct_entry},
-    {"bottom_halves", "threads schedule, cancel and delete bottom halves", bottom_halves},
-    {"idle_bottom_halves", "schedule() overtakes schedule_idle()", idle_bottom_halves},
-    {"sleeping", "pushes meet contexts that fall asleep", sleeping},
-    {"closing", "contexts go while others are in post()", closing},
-    {"timers", "timers and sleeps", timers},
-    {"nested_polls", "callbacks that poll", nested_polls},
+    {"hop", "contexts pass coroutines around", hop, "elsewhere here displaced stolen"},
+    {"direct_entry", "try_enter() races with a pending schedule", direct_entry,
+     "won_by_queue won_by_rival rescheduled_with_stale_entry ended_with_stale_entry"},
+    {"bottom_halves", "threads schedule, cancel and delete bottom halves", bottom_halves,
+     "coalesced runs deleted_while_scheduled deleted_in_callback"},
+    {"idle_bottom_halves", "schedule() overtakes schedule_idle()", idle_bottom_halves, "upgraded"},
+    {"sleeping", "pushes meet contexts that fall asleep", sleeping, "sleeps"},
+    {"closing", "contexts go while others are in post()", closing, "went_during_post"},
+    {"timers", "timers and sleeps", timers, "in_order cancelled"},
+    {"nested_polls", "callbacks that poll", nested_polls, "idle_runs"},
 };
 
 }  // namespace

@@ -255,9 +255,12 @@ void race_stops(Simulation& simulation, SimulatedMachine& machine, Counters& cou
 }
 
 constexpr Scenario kScenarios[] = {
-    {"group_stops", "a group is stopped by a failure, a deadline, another thread", group_stops},
-    {"scope_stops", "deadlines, and scopes that go with what they stopped", scope_stops},
-    {"race_stops", "the first task to end stops the others", race_stops},
+    {"group_stops", "a group is stopped by a failure, a deadline, another thread", group_stops,
+     "failed timed_out cancelled callbacks_awaited"},
+    {"scope_stops", "deadlines, and scopes that go with what they stopped", scope_stops,
+     "stopped_in_time timed_out stopped_by_another_thread callbacks_awaited"},
+    {"race_stops", "the first task to end stops the others", race_stops,
+     "second_came_first callbacks_awaited"},
 };
 
 }  // namespace

@@ -320,6 +320,64 @@ void stopped_receives(Simulation& simulation, SimulatedMachine& machine, Counter
   simulation.close(channel.second);
 }
 
+// A stopped send has sent nothing.
+void stopped_sends(Simulation& simulation, SimulatedMachine& machine, Counters& counters) {
+  Contexts contexts(simulation, machine);
+  Helpers helpers(simulation, machine);
+  Random& random = simulation.random();
+  const auto channel = simulation.make_channel({.capacity = 24, .short_one_in = 3});
+  constexpr unsigned kBytes = 200;
+  int ended = 0;
+  const auto sender = [&, near = channel.first]() -> Task<void> {
+    AioContext* const home = AioContext::current();
+    unsigned sent = 0;
+    std::array<std::byte, 16> bytes;
+    while (sent < kBytes) {
+      const std::size_t size = std::min<std::size_t>(1 + random.below(bytes.size()), kBytes - sent);
+      for (std::size_t i = 0; i < size; ++i) bytes[i] = static_cast<std::byte>(sent + i);
+      iovec piece{bytes.data(), size};
+      msghdr message{};
+      message.msg_iov = &piece;
+      message.msg_iovlen = 1;
+      const auto source = std::make_shared<std::stop_source>();
+      if (!random.one_in(3)) helpers.give_stop(source);
+      const std::stop_token stop = source->get_token();
+      const std::int64_t n = co_await io_sendmsg(near, message, 0, stop);
+      CHECK_AT_HOME(home);
+      if (n == -ECANCELED) {
+        counters.add("stopped", 1);
+        continue;
+      }
+      ROOST_CHECK(n > 0, "a send failed: {}", n);
+      counters.add("sent_although_stopped", stop.stop_requested());
+      sent += static_cast<unsigned>(n);
+      simulation.note("sent", sent);
+    }
+    ++ended;
+  };
+  const auto receiver = [&, far = channel.second]() -> Task<void> {
+    unsigned received = 0;
+    std::array<std::byte, 16> bytes;
+    while (received < kBytes) {
+      if (random.one_in(2)) co_await sleep_for(30'000);
+      const std::int64_t n = co_await io_recv(far, bytes);
+      ROOST_CHECK(n > 0, "a receive moved nothing: {}", n);
+      for (std::int64_t i = 0; i < n; ++i) {
+        ROOST_CHECK(bytes[static_cast<std::size_t>(i)] == static_cast<std::byte>(received),
+                    "byte {} is missing, or came twice", received);
+        ++received;
+      }
+    }
+    ++ended;
+  };
+  simulation.spawn(contexts.any(), sender(), "sender");
+  simulation.spawn(contexts.any(), receiver(), "receiver");
+  machine.wait_until([&] { return ended == 2; });
+  helpers.finish(machine, counters);
+  simulation.close(channel.first);
+  simulation.close(channel.second);
+}
+
 // Foreign threads hold a context while bottom halves, timers and coroutines want to run there.
 void context_lock(Simulation& simulation, SimulatedMachine& machine, Counters& counters) {
   auto context = machine.add_context("held");
@@ -441,12 +499,19 @@ void moving(Simulation& simulation, SimulatedMachine& machine, Counters& counter
 }
 
 constexpr Scenario kScenarios[] = {
-    {"completion", "tokens that are fired, dropped and given up", completion},
-    {"gate", "requests meet drains", gate},
-    {"stops", "waits of all kinds are stopped", stops},
-    {"stopped_receives", "a receive that is stopped leaves its bytes", stopped_receives},
-    {"context_lock", "foreign threads hold a context", context_lock},
-    {"moving", "a busy object is moved between contexts", moving},
+    {"completion", "tokens that are fired, dropped and given up", completion,
+     "fired_before stopped dropped callbacks_awaited"},
+    {"gate", "requests meet drains", gate, "parts refused stopped both callbacks_awaited"},
+    {"stops", "waits of all kinds are stopped", stops,
+     "locked lock_stopped acquired acquire_stopped ticket ticket_stopped event_stopped slept "
+     "sleep_stopped callbacks_awaited"},
+    {"stopped_receives", "a receive that is stopped leaves its bytes", stopped_receives,
+     "stopped received_although_stopped callbacks_awaited"},
+    {"stopped_sends", "a send that is stopped has sent nothing", stopped_sends,
+     "stopped sent_although_stopped callbacks_awaited"},
+    {"context_lock", "foreign threads hold a context", context_lock,
+     "passed_busy passed_idle home_waited"},
+    {"moving", "a busy object is moved between contexts", moving, "moved refused"},
 };
 
 }  // namespace
