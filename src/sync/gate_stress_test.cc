@@ -53,6 +53,14 @@ struct World {
   // Each drainer's stop source on its way to the stopper; null: none.
   std::array<std::atomic<std::stop_source*>, kDrainers> stops{};
 
+  World() = default;
+  // The stopper may have gone before the last of them: nobody waited for it any more.
+  ~World() {
+    for (auto& slot : stops) delete slot.load();
+  }
+  World(const World&) = delete;
+  World& operator=(const World&) = delete;
+
   CoContext& any_context(TestRandom& random) { return threads[random.below(kContexts)]->context(); }
 
   // Everything that happens between entering and leaving but for the wait.
