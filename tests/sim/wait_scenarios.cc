@@ -260,6 +260,7 @@ void stops(Simulation& simulation, SimulatedMachine& machine, Counters& counters
   machine.wait_until([&] { return ended == kCoroutines; });
   helpers.finish(machine, counters);
   ROOST_CHECK(units.available() == 2 && holders == 0, "a stopped wait holds something");
+  counters.add("lock_stopped_late", lock.statistics().cancelled_late);
 }
 
 // A stopped receive leaves its bytes.
@@ -503,7 +504,8 @@ constexpr Scenario kScenarios[] = {
      "fired_before stopped dropped callbacks_awaited"},
     {"gate", "requests meet drains", gate, "parts refused stopped both callbacks_awaited"},
     {"stops", "waits of all kinds are stopped", stops,
-     "locked lock_stopped acquired acquire_stopped ticket ticket_stopped event_stopped slept "
+     "locked lock_stopped lock_stopped_late acquired acquire_stopped ticket ticket_stopped "
+     "event_stopped slept "
      "sleep_stopped callbacks_awaited"},
     {"stopped_receives", "a receive that is stopped leaves its bytes", stopped_receives,
      "stopped received_although_stopped callbacks_awaited"},
