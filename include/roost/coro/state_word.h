@@ -269,7 +269,14 @@ class StateWord {
       const bool live = is_live(seen, context, generation);
       CoStateValue next = seen.one_entry_less();
       if (embedded) next = next.with_embedded(false);
-      if (live) next = next.with(CoState::kRunning, false);
+      if (live) {
+        next = next.with(CoState::kRunning, false);
+        if (next.entries() == 0) {
+          // As above: the others have gone meanwhile.
+          word_.store(next.bits(), std::memory_order_release);
+          return EntryOutcome::kRun;
+        }
+      }
       if (!swap(seen, next)) continue;
       if (live) return EntryOutcome::kRun;
       return seen.state() == CoState::kEnded && next.entries() == 0 ? EntryOutcome::kFreeBlock
