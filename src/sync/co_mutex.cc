@@ -119,8 +119,8 @@ void CoMutex::cancel(Waiter& waiter) noexcept {
 CoMutex::Guard CoMutex::adopt(Place place) {
   const Coroutine* const me = Coroutine::self();
   ROOST_CHECK(me && core_.holder() == token_of(*me),
-              "{} adopted by {} '{}' at {}, which does not hold it", name_,
-              me ? "coroutine" : "nobody", me ? me->name() : "", describe(place));
+              "{} adopted by {}{}{} at {}, which does not hold it", name_,
+              me ? "coroutine '" : "nobody", me ? me->name() : "", me ? "'" : "", describe(place));
   return Guard(*this);
 }
 
