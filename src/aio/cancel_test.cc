@@ -449,6 +449,36 @@ TEST_P(CancelFile, AnAllocationThatNoWorkerHasStarted) {
   EXPECT_EQ(info.st_size, 0) << "a cancelled operation has run";
 }
 
+TEST_P(CancelFile, ATruncationThatNoWorkerHasStarted) {
+  const UniqueFd file = temporary_file();
+  ASSERT_EQ(::ftruncate(file.get(), 100), 0);
+  Blocker blocker(*pool_);
+  check_all_moments([&](std::stop_token stop) -> Task<std::int64_t> {
+    co_return co_await io_truncate(file.get(), 0, std::move(stop));
+  });
+  EXPECT_EQ(::lseek(file.get(), 0, SEEK_END), 100) << "a cancelled operation has run";
+}
+
+TEST_P(CancelFile, AReadAheadThatNoWorkerHasStarted) {
+  const UniqueFd file = temporary_file();
+  Blocker blocker(*pool_);
+  check_all_moments([&](std::stop_token stop) -> Task<std::int64_t> {
+    co_return co_await io_read_ahead(file.get(), 0, 4096, std::move(stop));
+  });
+  EXPECT_EQ(pool_->statistics().queued, 0u);
+}
+
+TEST_P(CancelFile, ASearchForExtentsThatNoWorkerHasStarted) {
+  const UniqueFd file = temporary_file();
+  ASSERT_EQ(::ftruncate(file.get(), 100), 0);
+  std::array<FileExtent, 4> found{};
+  Blocker blocker(*pool_);
+  check_all_moments([&](std::stop_token stop) -> Task<std::int64_t> {
+    co_return co_await io_find_extents(file.get(), found, 0, 100, std::move(stop));
+  });
+  EXPECT_EQ(found[0].length, 0u) << "a cancelled operation has run";
+}
+
 TEST_P(CancelFile, AReadAndAWriteThatNoWorkerHasStarted) {
   const UniqueFd file = temporary_file();
   Blocker blocker(*pool_);
@@ -516,6 +546,32 @@ TEST_P(CancelFile, AWriteOfManyThatShareAJob) {
   EXPECT_EQ(results[0], -ECANCELED);
   EXPECT_EQ(results[20], -ECANCELED);
   EXPECT_LE(pool_->statistics().executed - executed, 2u);
+}
+
+TEST_P(CancelFile, WithATokenThatIsNotStoppedTheyDoWhatTheyDoWithout) {
+  const UniqueFd file = temporary_file();
+  std::array<FileExtent, 4> found{};
+  const auto run = [&](const Operation& operation) {
+    std::stop_source source;
+    std::int64_t result = kNotYet;
+    start(operation, source.get_token(), result);
+    return finish(result);
+  };
+  EXPECT_EQ(run([&](std::stop_token stop) -> Task<std::int64_t> {
+              co_return co_await io_truncate(file.get(), 8192, std::move(stop));
+            }),
+            0);
+  EXPECT_EQ(::lseek(file.get(), 0, SEEK_END), 8192);
+  EXPECT_EQ(run([&](std::stop_token stop) -> Task<std::int64_t> {
+              co_return co_await io_find_extents(file.get(), found, 4096, 4096, std::move(stop));
+            }),
+            1);
+  EXPECT_TRUE(found[0].hole);
+  EXPECT_EQ(found[0].length, 4096u);
+  EXPECT_EQ(run([&](std::stop_token stop) -> Task<std::int64_t> {
+              co_return co_await io_read_ahead(file.get(), 0, 8192, std::move(stop));
+            }),
+            0);
 }
 
 TEST_P(CancelFile, WhatAWorkerHasStartedIsFinished) {

@@ -116,6 +116,67 @@ TEST_F(CoSemaphores, AStopBeforeTakesNothingAndAStopAfterwardsChangesNothing) {
   EXPECT_EQ(semaphore_.available(), 1u);
 }
 
+// Takes two places, tells how many are left, waits for `go_on`, and lets the guard give them back.
+Task<> hold(CoSemaphore& semaphore, CoEvent& go_on, std::string& order) {
+  const CoSemaphore::Guard guard = co_await semaphore.hold(2);
+  order += 'a' + static_cast<char>(semaphore.available());
+  co_await go_on.wait();
+}
+
+TEST_F(CoSemaphores, AGuardGivesItsUnitsBackWhenItGoes) {
+  CoEvent go_on("the test");
+  spawn(a(), hold(semaphore_, go_on, order_));
+  settle();
+  EXPECT_EQ(order_, "a");
+  spawn(b(), acquire('1', 1));
+  spawn(b(), hold(semaphore_, go_on, order_));
+  settle();
+  EXPECT_EQ(order_, "a");
+  go_on.set();
+  settle();
+  EXPECT_EQ(order_, "a1");  // the second wants two, one is left
+  semaphore_.release();
+  settle();
+  EXPECT_EQ(order_, "a1a");
+  EXPECT_EQ(semaphore_.available(), 2u);
+}
+
+TEST_F(CoSemaphores, AStoppedHoldHasNoGuardAndAGrantedOneHas) {
+  std::stop_source stop;
+  Result<CoSemaphore::Guard> got[2];
+  const auto hold_stoppable = [&](int i) -> Task<> {
+    got[i] = co_await semaphore_.hold(2, stop.get_token());
+  };
+  spawn(a(), hold_stoppable(0));
+  spawn(a(), hold_stoppable(1));
+  settle();
+  ASSERT_TRUE(got[0]);
+  EXPECT_EQ(got[0]->units(), 2u);
+  stop.request_stop();
+  settle();
+  ASSERT_FALSE(got[1]);
+  EXPECT_EQ(got[1].error().code(), ECANCELED);
+  EXPECT_EQ(semaphore_.available(), 0u);
+  got[0]->give_back();
+  EXPECT_EQ(semaphore_.available(), 2u);
+}
+
+TEST_F(CoSemaphores, AMovedGuardGivesBackOnceAndWhatItHeldBefore) {
+  ContextScope scope(a());
+  CoSemaphore::Guard first;
+  CoSemaphore::Guard second;
+  const auto take = [&](CoSemaphore::Guard& to) -> Task<> { to = co_await semaphore_.hold(); };
+  Coroutine::create(take(first))->enter();
+  Coroutine::create(take(second))->enter();
+  EXPECT_EQ(semaphore_.available(), 0u);
+  first = std::move(second);
+  EXPECT_EQ(semaphore_.available(), 1u);
+  EXPECT_EQ(second.units(), 0u);
+  EXPECT_EQ(first.release(), 1u);  // kept: nobody gives it back
+  first.give_back();
+  EXPECT_EQ(semaphore_.available(), 1u);
+}
+
 // ---- CoEvent
 
 class CoEvents : public SyncTest {

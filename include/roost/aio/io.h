@@ -4,13 +4,15 @@
 // Each gives the bytes transferred (possibly fewer than asked for), 0, or a negative errno, and
 // runs on the context the coroutine is on, through that context's back end.
 //
-// Most have an overload with a stop token, as last argument. When its stop is requested, the
+// Each has an overload with a stop token, as last argument. When its stop is requested, the
 // operation is asked to end early; the await returns once it has ended, with what it did, or with
 // -ECANCELED where the kernel, or the thread pool, gave it up. What -ECANCELED means:
 //
 //   io_read, io_recv, io_recvmsg,           not started: nothing was taken; bytes and connections
 //   io_accept, io_poll                      stay where they are (a buffer may have been scribbled)
 //   io_writev, io_sendmsg                   not started: nothing was written or sent
+//   io_truncate, io_read_ahead,             not started
+//   io_find_extents
 //   io_data_sync, io_allocate               unknown, on io_uring; not started otherwise
 //   io_connect                              unknown: the socket may get connected; close it
 //
@@ -195,6 +197,9 @@ inline IoAwaiter io_truncate(int fd, std::uint64_t size) noexcept {
   io.request().size = size;
   return io;
 }
+inline CancellableIoAwaiter io_truncate(int fd, std::uint64_t size, std::stop_token stop) noexcept {
+  return {io_truncate(fd, size).request(), std::move(stop)};
+}
 
 /// Has `size` bytes of a file from `offset` read into the page cache, as POSIX_FADV_WILLNEED of
 /// posix_fadvise(2) does, but all of them: 0 when that is under way, or a negative errno.
@@ -203,6 +208,10 @@ inline IoAwaiter io_read_ahead(int fd, std::uint64_t offset, std::uint64_t size)
   io.request().offset = offset;
   io.request().size = size;
   return io;
+}
+inline CancellableIoAwaiter io_read_ahead(int fd, std::uint64_t offset, std::uint64_t size,
+                                          std::stop_token stop) noexcept {
+  return {io_read_ahead(fd, offset, size).request(), std::move(stop)};
 }
 
 /// What `size` bytes of a file from `offset` are, data or holes by turns, as SEEK_DATA and
@@ -217,6 +226,10 @@ inline IoAwaiter io_find_extents(int fd, std::span<FileExtent> to, std::uint64_t
   io.request().offset = offset;
   io.request().size = size;
   return io;
+}
+inline CancellableIoAwaiter io_find_extents(int fd, std::span<FileExtent> to, std::uint64_t offset,
+                                            std::uint64_t size, std::stop_token stop) noexcept {
+  return {io_find_extents(fd, to, offset, size).request(), std::move(stop)};
 }
 
 /// recv(2): returns once there is something, 0 at the end of the stream.
