@@ -21,14 +21,19 @@ namespace {
 struct Answers {
   std::mutex mutex;  // guards everything below
   std::condition_variable changed;
-  std::size_t outstanding = 0;
+  std::size_t outstanding = 0;  // questions
   std::unordered_map<const Coroutine*, CoroutineReport> reports;
 };
 
 std::int64_t age_ns(const CoroutineInfo& info, std::int64_t now_ns) {
+  if (info.since_tick == 0) return -1;  // its loop had not looked at its clock yet
   const auto ticks = static_cast<std::uint32_t>(now_ns / CoContext::kTickNs) - info.since_tick;
   // A loop may have looked at its clock after we did at ours.
   return static_cast<std::int32_t>(ticks) < 0 ? 0 : std::int64_t{ticks} * CoContext::kTickNs;
+}
+
+std::string age_text(std::int64_t age_ns) {
+  return age_ns < 0 ? "" : fmt::format(", {} ms", age_ns / 1'000'000);
 }
 
 void answer(Answers& answers, const AioContext& context) {
@@ -41,9 +46,29 @@ void answer(Answers& answers, const AioContext& context) {
     answers.reports[id] = {
         .info = std::move(info), .context = context.name(), .age_ns = age, .answered = true};
   }
-  --answers.outstanding;
-  answers.changed.notify_all();
 }
+
+// What a context is asked. It goes when it was answered, or with a context that was never polled
+// again: in both cases there is nothing more to wait for.
+class Question {
+ public:
+  explicit Question(std::shared_ptr<Answers> answers) : answers_(std::move(answers)) {
+    std::lock_guard lock(answers_->mutex);
+    ++answers_->outstanding;
+  }
+  ~Question() {
+    std::lock_guard lock(answers_->mutex);
+    --answers_->outstanding;
+    answers_->changed.notify_all();
+  }
+  Question(const Question&) = delete;
+  Question& operator=(const Question&) = delete;
+
+  void put_to(const AioContext& context) const { answer(*answers_, context); }
+
+ private:
+  const std::shared_ptr<Answers> answers_;
+};
 
 }  // namespace
 
@@ -56,13 +81,10 @@ std::vector<CoroutineReport> take_census(std::int64_t timeout_ns) {
   AioContext* const current = AioContext::current();
   AioContext::for_each([&](AioContext& context) {
     names[context.index()] = context.name();
-    {
-      std::lock_guard lock(answers->mutex);
-      ++answers->outstanding;
-    }
-    if (&context != current) {
-      context.inspect([answers, &context] { answer(*answers, context); });
-    }
+    if (&context == current) return;
+    // Shared, since a std::function can be copied.
+    context.inspect(
+        [question = std::make_shared<Question>(answers), &context] { question->put_to(context); });
   });
   if (current) answer(*answers, *current);
   {
@@ -94,11 +116,10 @@ std::string to_text(const std::vector<CoroutineReport>& census) {
   const auto out = std::back_inserter(text);
   for (const CoroutineReport& report : census) {
     const CoroutineInfo& info = report.info;
-    fmt::format_to(out, "coroutine '{}' ({}) on {}: {}{}{}, {} ms{}\n", info.name,
-                   fmt::ptr(info.id), report.context.empty() ? "no context" : report.context,
-                   to_string(info.state), info.waits_for ? " for " : "",
-                   info.waits_for ? info.waits_for : "", report.age_ns / 1'000'000,
-                   report.answered ? "" : " (its context did not answer)");
+    fmt::format_to(out, "coroutine '{}' ({}) on {}: {}{}{}{}{}\n", info.name, fmt::ptr(info.id),
+                   report.context.empty() ? "no context" : report.context, to_string(info.state),
+                   info.waits_for ? " for " : "", info.waits_for ? info.waits_for : "",
+                   age_text(report.age_ns), report.answered ? "" : " (its context did not answer)");
     if (info.locks > 0) fmt::format_to(out, "  holds {} coroutine locks\n", info.locks);
     fmt::format_to(out, "  created at {}\n", describe(info.created_at));
     const char* label = "awaits at ";

@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <semaphore>
+#include <thread>
 #include <vector>
 
 #include "aio/test_loop.h"
@@ -69,8 +71,40 @@ TEST(CensusReport, OneThatDoesNotAnswerIsReportedFromAtomics) {
   co->enter();
 }
 
+// Whoever asks it what time it is can be waited for.
+class TellingClock final : public Clock {
+ public:
+  std::int64_t now_ns() const noexcept override {
+    asked_ = true;
+    asked_.notify_all();
+    return real_clock().now_ns();
+  }
+  void wait_until_asked() const noexcept { asked_.wait(false); }
+
+ private:
+  mutable std::atomic<bool> asked_{false};
+};
+
+TEST(CensusReport, OneThatGoesMeanwhileIsNotWaitedFor) {
+  constexpr std::int64_t kAnHourNs = 3'600'000'000'000;
+  auto leaving = AioContext::create({.name = "leaving"});
+  TellingClock clock;
+  std::vector<CoroutineReport> census;
+  std::thread asks([&] {
+    // It answers itself, with its own clock, once it has asked all others.
+    const auto own = AioContext::create({.name = "own", .clock = &clock});
+    ContextScope scope(*own);
+    census = take_census(kAnHourNs);
+  });
+  clock.wait_until_asked();
+  leaving.reset();
+  asks.join();
+  EXPECT_TRUE(census.empty());
+}
+
 TEST(CensusReport, ItsOwnContextAnswersAtOnce) {
   ManualClock clock;
+  clock.advance_ns(1'000'000'000);
   const auto context = AioContext::create({.name = "own", .clock = &clock});
   ContextScope scope(*context);
   context->poll(false);
@@ -83,6 +117,20 @@ TEST(CensusReport, ItsOwnContextAnswersAtOnce) {
   ASSERT_NE(report, nullptr);
   EXPECT_TRUE(report->answered);
   EXPECT_NEAR(static_cast<double>(report->age_ns), 5e9, 2e6);
+  co->enter();
+}
+
+TEST(CensusReport, OneWhoseLoopHasNotLookedAtItsClockHasNoAge) {
+  const auto context = AioContext::create({.name = "new"});
+  ContextScope scope(*context);
+  Coroutine* co = nullptr;
+  std::binary_semaphore ready{0};
+  Coroutine::create(waits(co, ready), "early")->enter();
+  const auto census = take_census(0);
+  const auto* report = find(census, "early");
+  ASSERT_NE(report, nullptr);
+  EXPECT_EQ(report->age_ns, -1);
+  EXPECT_NE(to_text(census).find("on new: idle\n"), std::string::npos) << to_text(census);
   co->enter();
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The census across contexts: asks each living context for its coroutines, await chains included,
-// and takes what atomics tell of those whose context does not answer in time.
+// and takes what atomics tell of those whose context does not answer in time, or goes meanwhile.
 //
 // Threads: any that may block. Asking costs a context one callback.
 // Lifetime: the report is a copy.
@@ -19,7 +19,7 @@ struct CoroutineReport {
   /// Name of the context it runs, last ran or is scheduled on; empty if that is gone.
   std::string context;
   /// How long it has been suspended, or since it was made if it has not run; to a millisecond or
-  /// so.
+  /// so. -1: unknown, since before its loop first looked at its clock.
   std::int64_t age_ns = 0;
   /// Whether its home answered; where not, its await chain is missing.
   bool answered = false;
