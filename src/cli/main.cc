@@ -11,6 +11,7 @@
 #include "cli/commands.h"
 #include "cli/runtime.h"
 #include "cli/serve.h"
+#include "cli/signals.h"
 #include "roost/block/block_driver.h"
 
 namespace {
@@ -220,5 +221,7 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
   // Peers and readers of our output may go away: write() tells.
   ::signal(SIGPIPE, SIG_IGN);
+  // Asks for a census, also of one who is not quite there yet.
+  roost::cli::hold_back(SIGUSR1);
   return run(argc, argv);
 }

@@ -28,7 +28,7 @@ void report(const std::string& line) {
 
 Runtime::Runtime(unsigned iothreads, EventLoop event_loop, std::int64_t poll_max_ns,
                  PollBudget* poll_budget)
-    : signals_({SIGINT, SIGTERM}) {
+    : signals_({SIGINT, SIGTERM, SIGUSR1}) {
   const auto options = [&](std::string name) {
     return AioContextOptions{.name = std::move(name),
                              .event_loop = event_loop,
@@ -56,7 +56,9 @@ int Runtime::run(Task<int> task) {
   const ContextScope scope(*main_);
   main_->set_fd_handler(signals_.fd(), {.read =
                                             [this] {
-                                              if (signals_.take() == 0) return;
+                                              const int signal = signals_.take();
+                                              if (signal == SIGUSR1) census_.print();
+                                              if (signal == 0 || signal == SIGUSR1) return;
                                               if (interrupted()) ::_exit(kInterrupted);
                                               stop_.request_stop();
                                             },

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // What the commands that end by themselves have in common: a main context, I/O threads, a task that
-// runs on them, and an end by SIGINT or SIGTERM.
+// runs on them, a census on SIGUSR1, and an end by SIGINT or SIGTERM.
 //
 // Threads: the main thread. Lifetime: outlives what runs on its contexts.
 #pragma once
@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cli/census_printer.h"
 #include "cli/signals.h"
 #include "roost/aio/iothread.h"
 #include "roost/aio/poll_budget.h"
@@ -39,7 +40,7 @@ class Runtime {
   Runtime& operator=(const Runtime&) = delete;
 
   /// Runs `task` on the main context to its end, and gives its result. The first SIGINT or SIGTERM
-  /// requests stop(), the second ends the process.
+  /// requests stop(), the second ends the process; SIGUSR1 prints every coroutine.
   int run(Task<int> task);
 
   std::stop_token stop() const noexcept { return stop_.get_token(); }
@@ -52,6 +53,7 @@ class Runtime {
  private:
   std::stop_source stop_;
   Signals signals_;  // blocked before any thread starts
+  CensusPrinter census_;
   std::shared_ptr<ThreadPool> pool_ = std::make_shared<ThreadPool>();
   std::shared_ptr<AioContext> main_;
   std::vector<std::unique_ptr<IOThread>> threads_;

@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -16,11 +15,10 @@
 #include <set>
 #include <string_view>
 #include <system_error>
-#include <thread>
 
+#include "cli/census_printer.h"
 #include "cli/runtime.h"
 #include "cli/signals.h"
-#include "roost/aio/census_report.h"
 #include "roost/aio/iothread.h"
 #include "roost/aio/stall_detector.h"
 #include "roost/aio/thread_pool.h"
@@ -82,29 +80,6 @@ const char* aio_name(const ServeOptions& options, std::string_view event_loop) {
   if (event_loop == "io_uring") return "io_uring";
   return options.direct && linux_aio_available() ? "native" : "threads";
 }
-
-// Every coroutine, on stderr, in one piece. On a thread of its own, since it waits for the
-// contexts.
-class CensusPrinter {
- public:
-  /// One at a time; while one is being taken, another is not begun.
-  void print() {
-    if (running_.exchange(true)) return;
-    if (thread_.joinable()) thread_.join();
-    thread_ = std::thread([this] {
-      const auto census = take_census();
-      report(fmt::format("{} coroutines\n{}", census.size(), to_text(census)));
-      running_ = false;
-    });
-  }
-  ~CensusPrinter() {
-    if (thread_.joinable()) thread_.join();
-  }
-
- private:
-  std::atomic<bool> running_{false};
-  std::thread thread_;
-};
 
 // What --trace asks for. The file is opened at the start, so that one that cannot be is an error
 // then, and not after a week.
@@ -238,6 +213,7 @@ int serve_or_throw(const ServeOptions& options) {
                              .tracer = trace.tracer(),
                              .stall_detector = stalls ? &*stalls : nullptr};
   };
+  CensusPrinter census;  // goes last: it may wait for the contexts, or their ends
   AioContextOptions main_options = context_options("main");
   main_options.poll_max_ns = 0;  // nothing here is in a hurry
   const auto main_context = AioContext::create(std::move(main_options));
@@ -276,7 +252,6 @@ int serve_or_throw(const ServeOptions& options) {
   bool stopping = false;
   bool idle = false;
   Timer impatience(*main_context, [&] { server.disconnect_all(); });
-  CensusPrinter census;
   main_context->set_fd_handler(signals.fd(), {.read =
                                                   [&] {
                                                     const int signal = signals.take();

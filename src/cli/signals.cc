@@ -10,6 +10,13 @@
 
 namespace roost::cli {
 
+void hold_back(int number) noexcept {
+  sigset_t set;
+  ::sigemptyset(&set);
+  ::sigaddset(&set, number);
+  ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
+}
+
 Signals::Signals(std::initializer_list<int> numbers) {
   sigset_t set;
   ::sigemptyset(&set);

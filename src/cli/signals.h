@@ -12,6 +12,9 @@
 
 namespace roost::cli {
 
+/// Keeps a signal pending, until somebody heeds it, where it would end the process.
+void hold_back(int number) noexcept;
+
 class Signals {
  public:
   /// Throws std::system_error.

@@ -160,6 +160,44 @@ def sigusr1_prints_every_coroutine(test):
         check_still_serves(daemon)
 
 
+def check_census(daemon, *coroutines):
+    """SIGUSR1 to something other than `serve`: it says what waits, and goes on."""
+    daemon.signal(signal.SIGUSR1)
+    wait_until(lambda: re.search(r"\d+ coroutines\n", daemon.stderr()), "a census on stderr")
+    report = daemon.stderr()
+    for name in ("command", *coroutines):
+        check(re.search(rf"coroutine '{name}' \(0x[0-9a-f]+\) on (main|iothread\d+): ", report),
+              f"no coroutine '{name}' in {report}")
+    check("did not answer" not in report, report)
+    check(daemon.alive(), f"ended: {daemon.describe()}")
+
+
+@case(sanitized=True)
+def sigusr1_is_heeded_by_a_proxy(test):
+    with test.serve("mem:8M") as server:
+        with Daemon(test, server.uri, listen=f"unix:{test.path('p')}", loop="any",
+                    command="proxy") as proxy:
+            with Client(proxy.uri):
+                check_census(proxy, "clients")
+            check_still_serves(proxy)
+
+
+@case(sanitized=True)
+def sigusr1_is_heeded_by_what_hangs(test):
+    """Each command, with a server that takes connections and says nothing."""
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(test.path("silent"))
+        silent.listen(8)
+        silent.settimeout(PATIENCE_S)
+        uri = f"nbd+unix:///?socket={test.path('silent')}"
+        for command in (["info", uri], ["bench", uri], ["copy", uri, test.path("copy.img")]):
+            with Daemon(test, *command[1:], listen=[], loop="any", command=command[0],
+                        ready=False) as hangs, silent.accept()[0]:
+                check_census(hangs)
+                hangs.signal(signal.SIGINT)
+                check_equal(hangs.wait(), 130, f"exit code of {command[0]} ({hangs.describe()})")
+
+
 @case()
 def json_output_is_json(test):
     with test.serve("a=mem:1M", "b=mem:2M", "--json") as daemon:
