@@ -53,8 +53,8 @@ class EpollBackEnd final : public BackEnd {
 
   ~EpollBackEnd() override {
     ROOST_CHECK(requests_.in_flight() == 0,
-                "context '{}' gives up its descriptors with {} requests in flight", context_.name(),
-                requests_.in_flight());
+                "context '{}' gives up its descriptors with {} requests in flight{}",
+                context_.name(), requests_.in_flight(), who_waits_for_io(context_));
     files_.reset();  // while there is something to take its descriptor away from
   }
 

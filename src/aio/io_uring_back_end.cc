@@ -77,8 +77,8 @@ class IoUringBackEnd final : public BackEnd {
 
   ~IoUringBackEnd() override {
     ROOST_CHECK(requests_.in_flight() == 0,
-                "context '{}' gives up its ring with {} requests in flight", context_.name(),
-                requests_.in_flight());
+                "context '{}' gives up its ring with {} requests in flight{}", context_.name(),
+                requests_.in_flight(), who_waits_for_io(context_));
     files_.reset();
     closing_ = true;
     io_uring_sqe* sqe = next_sqe();

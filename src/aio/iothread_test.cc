@@ -4,9 +4,12 @@
 #include "roost/aio/iothread.h"
 
 #include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <array>
 #include <atomic>
+#include <cstddef>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -19,8 +22,10 @@
 #include "roost/aio/bottom_half.h"
 #include "roost/aio/event_notifier.h"
 #include "roost/aio/inbox.h"
+#include "roost/aio/io.h"
 #include "roost/aio/thread_pool.h"
 #include "roost/aio/timer.h"
+#include "roost/aio/unique_fd.h"
 
 namespace roost {
 namespace {
@@ -275,6 +280,32 @@ TEST_P(MisuseDeathTest, JoiningAThreadInACoroutine) {
     Coroutine::create(body(), "impatient")->enter();
   };
   EXPECT_DEATH(die(), "join of thread 'worker' would block inside coroutine 'impatient'");
+}
+
+Task<void> receives(int fd) {
+  std::array<std::byte, 8> buffer;
+  co_await io_recv(fd, buffer);
+}
+
+TEST_P(MisuseDeathTest, StoppingAThreadWhoseCoroutinesWaitForIo) {
+  const auto die = [&](int waiting) {
+    int ends[2];
+    ASSERT_EQ(::socketpair(AF_UNIX, SOCK_DGRAM, 0, ends), 0);
+    std::vector<UniqueFd> keep;
+    for (int fd : ends) keep.emplace_back(fd);
+    IOThread thread(options("worker"));
+    for (int i = 0; i < waiting; ++i) {
+      // Descriptors of their own, since one takes one that receives.
+      keep.emplace_back(::dup(ends[0]));
+      spawn(thread.context(), receives(keep.back().get()), "receiver");
+    }
+    thread.stop();
+    thread.join();
+  };
+  EXPECT_DEATH(die(1),
+               "context 'worker' gives up its .* with 1 requests in flight: coroutine 'receiver', "
+               "created at .*iothread_test.cc:.*, waits at .*iothread_test.cc:");
+  EXPECT_DEATH(die(5), "with 5 requests in flight: .*; .*; and 2 more");
 }
 
 TEST_P(MisuseDeathTest, DestructionWithACoroutineScheduled) {

@@ -6,11 +6,18 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <utility>
 
 #include "roost/aio/io_request.h"
 
 namespace roost {
+
+class CoContext;
+
+/// For messages: ": coroutine 'a', created at ..., waits at ...; ...", the first few of those whose
+/// home the context is and that wait for I/O; empty if there are none. Any thread.
+std::string who_waits_for_io(const CoContext& context);
 
 /// Requests linked by `next`, first in first out.
 class RequestList {

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "aio/requests.h"
 #include "aio/simulated_context.h"
 #include "roost/base/check.h"
 
@@ -65,8 +66,8 @@ void SimulatedContext::complete(IoRequest& request, std::int64_t result) {
 
 SimulatedBackEnd::~SimulatedBackEnd() {
   ROOST_CHECK(requests_in_flight_ == 0,
-              "simulated context '{}' gives up its back end with {} requests in flight",
-              owner_.name, requests_in_flight_);
+              "simulated context '{}' gives up its back end with {} requests in flight{}",
+              owner_.name, requests_in_flight_, who_waits_for_io(context_));
   owner_.back_end = nullptr;
 }
 

@@ -51,8 +51,8 @@ class [[nodiscard]] IoAwaiter {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     request_.co = frame.promise().co;
-    detail::check_may_wait(*request_.co, "I/O");
-    start_ = suspend_waiting("I/O", Start{&request_});
+    detail::check_may_wait(*request_.co, kWaitsForIo);
+    start_ = suspend_waiting(kWaitsForIo, Start{&request_});
     start_.await_suspend(frame);
   }
 
@@ -73,7 +73,7 @@ class [[nodiscard]] IoAwaiter {
   };
 
   Request request_;
-  SuspendAwaiter<Start> start_ = suspend_waiting("I/O", Start{nullptr});
+  SuspendAwaiter<Start> start_ = suspend_waiting(kWaitsForIo, Start{nullptr});
 };
 
 /// Where somebody on the same thread finds an operation while it waits, to end it early: a channel
@@ -110,7 +110,7 @@ class [[nodiscard]] CancellableIoAwaiter {
   template <class Promise>
   void await_suspend(std::coroutine_handle<Promise> frame) noexcept {
     request_.co = frame.promise().co;
-    detail::check_may_wait(*request_.co, "I/O");
+    detail::check_may_wait(*request_.co, kWaitsForIo);
     start_.await_suspend(frame);
   }
 
@@ -141,7 +141,7 @@ class [[nodiscard]] CancellableIoAwaiter {
   IoSlot* const slot_;
   std::optional<Relay> relay_;  // only where a stop is possible
   bool started_ = false;
-  SuspendAwaiter<Start> start_ = suspend_waiting("I/O", Start{this});
+  SuspendAwaiter<Start> start_ = suspend_waiting(kWaitsForIo, Start{this});
 };
 
 /// Reads at `offset`, in bytes, of a file; 0 at its end.

@@ -19,6 +19,9 @@ struct FileExtent {
   bool hole;
 };
 
+/// What a coroutine that awaits one is said to wait for.
+inline constexpr const char* kWaitsForIo = "I/O";
+
 /// What io.h's functions fill in. A back end executes it, and calls `complete`.
 struct IoRequest {
   enum class Op : std::uint8_t {

@@ -4,6 +4,11 @@
 // Threads: start, stop and join from one controlling thread.
 // Lifetime: the destructor stops and joins. Whoever keeps a shared_ptr of the context may keep it
 // longer, but nobody polls it then.
+//
+// It does not stop coroutines. One that waits for I/O when the thread leaves its loop (the kernel
+// has its buffer, and no one would take the result) aborts the process, by name; one that waits for
+// anything else, or has yielded, is not resumed there any more, and is reported when the context
+// goes. So: ask what waits to stop, wait until it has ended, then stop the thread.
 #pragma once
 
 #include <atomic>
@@ -32,6 +37,7 @@ class IOThread {
   std::shared_ptr<AioContext> share_context() noexcept { return context_; }
 
   /// Asks the thread to leave its loop; what was posted before still runs. Any number of times.
+  /// REQUIRES: by then no coroutine waits for I/O on it (checked).
   void stop() noexcept;
 
   /// Waits for the thread's end. Blocks: aborts inside a coroutine.
