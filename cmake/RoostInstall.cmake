@@ -30,15 +30,23 @@ install(FILES docs/completion/roost.bash DESTINATION ${CMAKE_INSTALL_DATADIR}/ba
 install(FILES docs/man/roost-nbd-protocol.7 DESTINATION ${CMAKE_INSTALL_MANDIR}/man7
   COMPONENT program)
 
-# gdb's commands, for whoever sources them. Under the prefix /usr, where gdb looks, it loads the
-# second copy by itself together with the program.
+# gdb's commands: for whoever debugs a program of their own, who sources them; and beside our program,
+# under the prefix /usr, where gdb looks, it loads the second copy by itself.
 install(FILES scripts/gdb/roost-gdb.py DESTINATION ${CMAKE_INSTALL_DATADIR}/roost/gdb
-        COMPONENT program)
+        COMPONENT development)
 if(TARGET roost)
   install(FILES scripts/gdb/roost-gdb.py
           DESTINATION ${CMAKE_INSTALL_DATADIR}/gdb/auto-load${CMAKE_INSTALL_FULL_BINDIR}
           COMPONENT program)
 endif()
+
+# The pages, and the examples that they quote, so that their links to each other lead somewhere.
+set(doc_dir ${CMAKE_INSTALL_DATADIR}/doc/libroost-dev)
+install(FILES README.md DESTINATION ${doc_dir} COMPONENT development)
+install(DIRECTORY docs DESTINATION ${doc_dir} COMPONENT development FILES_MATCHING PATTERN "*.md"
+        PATTERN man EXCLUDE PATTERN completion EXCLUDE)
+install(DIRECTORY examples/guide DESTINATION ${doc_dir}/examples COMPONENT development
+        FILES_MATCHING PATTERN "*.cc" PATTERN "*.h")
 
 # find_package(roost), which gives roost::base, roost::coro, roost::aio, ...
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/roost)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # `cpack -G DEB` in a release build makes two Debian packages: roost, the program with its man page,
-# and libroost-dev, the static libraries with what it takes to link them.
+# and libroost-dev, the static libraries with what it takes to link, to use and to debug them.
 
 set(CPACK_GENERATOR DEB)
 set(CPACK_PACKAGE_NAME roost)
@@ -39,7 +39,9 @@ endif()
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_NAME libroost-dev)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_SECTION libdevel)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_DEPENDS "${development_depends}")
+set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_SUGGESTS gdb)
 set(CPACK_DEBIAN_DEVELOPMENT_DESCRIPTION "The C++23 library: several event loops, and coroutines that wake on the one that
-is their home. Headers, static libraries, a CMake package and a pkg-config file.")
+is their home. Headers, static libraries, a CMake package and a pkg-config file; the documentation, and
+commands for gdb that show coroutines.")
 
 include(CPack)
