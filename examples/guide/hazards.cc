@@ -2,8 +2,10 @@
 // The right ways of docs/hazards.md; the wrong ones are in hazards_wrong.cc.
 #include <array>
 #include <cerrno>
+#include <cstddef>
 #include <cstdio>
 #include <future>
+#include <set>
 #include <stop_token>
 #include <string>
 #include <utility>
@@ -16,6 +18,7 @@
 #include "roost/coro/completion.h"
 #include "roost/coro/task.h"
 #include "roost/sync/co_mutex.h"
+#include "roost/sync/co_rwlock.h"
 
 namespace {
 
@@ -69,6 +72,29 @@ Task<void> append(roost::CoMutex* mutex, std::string* log) {
   *log += "entry\n";
 }
 
+struct Names {
+  roost::CoRwlock lock;
+  std::set<std::string> all;
+};
+
+Task<void> add(Names* names, std::string name) {
+  auto guard = co_await names->lock.read();
+  if (names->all.contains(name)) co_return;
+  if (!co_await guard.upgrade()) {  // another reader does: it goes on once this one lets go
+    guard.unlock();
+    guard = co_await names->lock.write();
+  }
+  names->all.insert(std::move(name));
+}
+
+// For who holds the lock.
+std::size_t count(const Names& names, const roost::CoRwlock::Guard&) { return names.all.size(); }
+
+Task<bool> empty(Names* names) {
+  const auto reading = co_await names->lock.read();
+  co_return count(*names, reading) == 0;
+}
+
 Task<void> keep(std::string text) {
   std::printf("%s\n", text.c_str());
   co_return;
@@ -119,6 +145,11 @@ Task<void> run_all(roost::ThreadPool* pool, foreign::Device* device, bool* done)
   std::string entries;
   co_await append(&mutex, &entries);
   std::printf("%s", entries.c_str());
+
+  Names names;
+  co_await add(&names, "roost");
+  const bool none = co_await empty(&names);
+  std::printf("%s\n", none ? "no names" : "some names");
   co_await destroy_once(true, "text");
   *done = true;
 }
@@ -141,6 +172,7 @@ int main() {
 // the device filled 64 bytes
 // the answer is 42
 // entry
+// some names
 // text
 // text
 // text

@@ -2,9 +2,11 @@
 // What docs/hazards.md warns of. It compiles, without a warning, and is never run.
 #include <array>
 #include <chrono>
+#include <cstddef>
 #include <cstdio>
 #include <future>
 #include <mutex>
+#include <set>
 #include <stop_token>
 #include <string>
 #include <string_view>
@@ -16,6 +18,7 @@
 #include "roost/base/result.h"
 #include "roost/coro/completion.h"
 #include "roost/coro/task.h"
+#include "roost/sync/co_rwlock.h"
 
 namespace wrong {
 
@@ -61,6 +64,28 @@ Task<void> append(std::mutex* mutex, std::string* log) {
   const std::lock_guard guard(*mutex);
   co_await roost::sleep_for(1'000'000);  // whoever wants the mutex now blocks a thread
   *log += "entry\n";
+}
+
+struct Names {
+  roost::CoRwlock lock;
+  std::set<std::string> all;
+};
+
+Task<void> add(Names* names, std::string name) {
+  const auto reading = co_await names->lock.read();
+  if (names->all.contains(name)) co_return;
+  const auto writing = co_await names->lock.write();  // once all readers are gone: it is one
+  names->all.insert(std::move(name));
+}
+
+Task<std::size_t> count(Names* names) {
+  const auto reading = co_await names->lock.read();
+  co_return names->all.size();
+}
+
+Task<bool> empty(Names* names) {
+  const auto reading = co_await names->lock.read();
+  co_return co_await count(names) == 0;  // behind a writer that waits for the first read to end
 }
 
 Task<void> keep(std::string text) {

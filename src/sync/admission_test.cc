@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // CoSemaphore, CoEvent and CoRwlock on contexts polled by hand.
+#include <cstdio>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -479,6 +480,96 @@ TEST_F(CoRwlocks, AskedForByItsWriterItAborts) {
         settle();
       },
       "the map .* asked for by coroutine 'narcissus', which holds it for writing");
+}
+
+// What would wait for itself, as soon as nobody else reads.
+TEST_F(CoRwlocks, AskedForWriteByItsOnlyReaderItAborts) {
+  const auto body = [&]() -> Task<> {
+    auto guard = co_await lock_.read();
+    auto again = co_await lock_.write();
+  };
+  EXPECT_DEATH(
+      {
+        spawn(a(), body(), "narcissus");
+        settle();
+      },
+      "the map asked for by coroutine 'narcissus', which is its only reader");
+}
+
+TEST_F(CoRwlocks, AskedForWriteByOneOfItsReadersItAbortsOnceTheOthersHaveGone) {
+  const auto body = [&]() -> Task<> {
+    auto guard = co_await lock_.read();
+    co_await yield();
+    auto again = co_await lock_.write(std::stop_token());
+  };
+  EXPECT_DEATH(
+      {
+        Coroutine* r = reader('r');
+        Coroutine* s = reader('s');
+        Coroutine* n = spawn(a(), body(), "narcissus");
+        settle();
+        end(r);
+        end(n);
+        std::fputs("waits for another\n", stderr);
+        end(s);
+      },
+      "waits for another.*the map asked for by coroutine 'narcissus', which is its only reader");
+}
+
+TEST_F(CoRwlocks, ReadAgainByItsOnlyReaderBehindAWriterItAborts) {
+  const auto body = [&]() -> Task<> {
+    auto guard = co_await lock_.read();
+    auto again = co_await lock_.read();
+    order_ += '2';
+    again.unlock();
+    co_await yield();
+    auto once_more = co_await lock_.read();
+  };
+  EXPECT_DEATH(
+      {
+        Coroutine* n = spawn(a(), body(), "narcissus");
+        settle();
+        std::fputs(order_.c_str(), stderr);
+        writer('w');
+        end(n);
+      },
+      "2.*the map asked for by coroutine 'narcissus', which is its only reader");
+}
+
+// After each way of becoming, and of no longer being, a reader.
+TEST_F(CoRwlocks, WhoIsItsOnlyReaderIsKnownAfterUpgradesAndDowngrades) {
+  const auto body = [&](bool ask) -> Task<> {
+    auto guard = co_await lock_.read();
+    co_await guard.upgrade();
+    guard.downgrade();
+    guard.unlock();
+    guard = co_await lock_.write();
+    guard.downgrade();
+    co_await yield();
+    if (ask) {
+      auto again = co_await lock_.write();
+    }
+  };
+  EXPECT_DEATH(
+      {
+        Coroutine* n = spawn(a(), body(true), "narcissus");
+        settle();
+        end(n);
+      },
+      "the map asked for by coroutine 'narcissus', which is its only reader");
+  // The only reader is another one.
+  Coroutine* n = spawn(a(), body(false), "former reader");
+  settle();
+  Coroutine* r = reader('r');
+  end(n);
+  Coroutine* w = writer('w');
+  Coroutine* s = reader('s');
+  EXPECT_EQ(order_, "r");
+  end(r);
+  EXPECT_EQ(order_, "rw");
+  end(w);
+  EXPECT_EQ(order_, "rws");
+  end(s);
 }
 
 TEST_F(CoRwlocks, AGuardLetGoOfByAnotherCoroutineAborts) {

@@ -14,10 +14,10 @@ CoRwlock::~CoRwlock() {
   });
 }
 
-CoRwlock::Guard CoRwlock::try_lock(std::uint64_t what) {
+CoRwlock::Guard CoRwlock::try_lock(std::uint64_t kind) {
   Coroutine* const me = Coroutine::self();
-  if (!me || !queue_.try_enter(what)) return {};
-  return Guard(*this, *me, what == kWrite);
+  if (!me || !queue_.try_enter(address_of(*me) | kind)) return {};
+  return Guard(*this, *me, kind == kWrite);
 }
 
 CoRwlock::Guard CoRwlock::try_read() { return try_lock(kRead); }
@@ -34,6 +34,12 @@ void CoRwlock::check_not_writer(const Coroutine& co) const {
   const Coroutine* writer = queue_.ask([](const State& state) { return state.writer; });
   ROOST_CHECK(writer != &co, "{} ({}) asked for by coroutine '{}', which holds it for writing",
               name(), fmt::ptr(this), co.name());
+}
+
+void CoRwlock::waits_for_itself(std::uint64_t address, const char* name) {
+  const auto* co = reinterpret_cast<const Coroutine*>(address);
+  panicf("{} asked for by coroutine '{}', which is its only reader and would wait for itself", name,
+         co->name());
 }
 
 CoRwlock::Guard::Guard(CoRwlock& lock, Coroutine& co, bool writing) noexcept
@@ -53,14 +59,16 @@ void CoRwlock::Guard::unlock() {
   if (!lock_) return;
   check_holder("unlocked");
   co_->lock_released();
-  std::exchange(lock_, nullptr)->queue_.change([writing = writing_](State& state) {
-    if (writing) {
-      state.writing = false;
-      state.writer = nullptr;
-    } else {
-      --state.readers;
-    }
-  });
+  std::exchange(lock_, nullptr)
+      ->queue_.change([writing = writing_, address = address_of(*co_)](State& state) {
+        if (writing) {
+          state.writing = false;
+          state.writer = nullptr;
+        } else {
+          --state.readers;
+          state.reader_sum -= address;
+        }
+      });
 }
 
 void CoRwlock::Guard::downgrade() {
@@ -68,10 +76,11 @@ void CoRwlock::Guard::downgrade() {
   ROOST_CHECK(writing_, "{} downgraded by coroutine '{}', which holds it for reading",
               lock_->name(), co_->name());
   writing_ = false;
-  lock_->queue_.change([](State& state) {
+  lock_->queue_.change([address = address_of(*co_)](State& state) {
     state.writing = false;
     state.writer = nullptr;
     state.readers = 1;
+    state.reader_sum = address;
   });
 }
 

@@ -22,7 +22,10 @@
 
 namespace roost::detail {
 
-/// State has `bool admit(std::uint64_t what)`: takes what is asked for, if it is to be had.
+/// State has `bool admit(std::uint64_t what)`: takes what is asked for, if it is to be had. It may
+/// have `void refused(std::uint64_t what, const char* name)`, which is told of those who come and
+/// have to wait, and of the first in line when it has to wait on: a place to abort where that would
+/// be for ever.
 template <class State>
 class AdmissionQueue {
  public:
@@ -55,6 +58,7 @@ class AdmissionQueue {
         if ((first || line_.empty()) && state_.admit(waiter.what)) {
           waiter.admitted = true;
         } else {
+          refused(waiter);
           if (first) {
             line_.push_front(waiter);
           } else {
@@ -105,12 +109,21 @@ class AdmissionQueue {
   const char* name() const noexcept { return name_; }
 
  private:
+  void refused(const Waiter& waiter) const noexcept {
+    if constexpr (requires { state_.refused(waiter.what, name_); }) {
+      state_.refused(waiter.what, name_);
+    }
+  }
+
   // Takes those off the line that are admitted now; the first of a list linked by later.
   Waiter* admit_first() noexcept {
     Waiter* first = nullptr;
     Waiter* last = nullptr;
     while (Waiter* waiter = line_.front()) {
-      if (!state_.admit(waiter->what)) break;
+      if (!state_.admit(waiter->what)) {
+        refused(*waiter);
+        break;
+      }
       line_.remove(*waiter);
       waiter->admitted = true;
       if (last) {

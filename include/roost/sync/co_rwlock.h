@@ -5,15 +5,18 @@
 //
 // Fair: waiters are admitted in their order, readers that stand next to each other together; a
 // reader that comes while a writer waits stands behind it. So a coroutine must not ask for it again
-// while it holds it.
+// while it holds it: as a reader it would wait for itself, with write() always (upgrade() is there
+// for that), with read() as soon as a writer comes in between.
 //
 // Threads: in coroutines, on any context; a stop may be requested on any thread. A waiter resumes
 // at home. Lifetime: outlives its guards and waiters. The destructor aborts if it is held or waited
 // for.
 //
-// Aborts, with the name of the coroutine: asking for it while holding it for writing, letting go of
-// it by another coroutine than the one that holds the guard, ending while holding it, waiting while
-// the thread holds a ThreadMutex.
+// Aborts, with the name of the coroutine: asking for it while holding it for writing, waiting for
+// it while being its only reader, letting go of it by another coroutine than the one that holds the
+// guard, ending while holding it, waiting while the thread holds a ThreadMutex. (Its only reader is
+// known when it asks, and when the others go while it is the first in line; not when they go while
+// it stands behind somebody.)
 #pragma once
 
 #include <cerrno>
@@ -28,23 +31,41 @@ namespace roost {
 
 /// A lock for readers and writers; the file's head says what aborts.
 class CoRwlock {
+  // What is asked for, in the low bits of the address of the coroutine that asks.
   static constexpr std::uint64_t kRead = 0;
   static constexpr std::uint64_t kWrite = 1;
   static constexpr std::uint64_t kUpgrade = 2;  // from a reader that stays one until it is admitted
+  static constexpr std::uint64_t kKinds = 3;
+
+  static std::uint64_t address_of(const Coroutine& co) noexcept {
+    static_assert(alignof(Coroutine) > kKinds);
+    return reinterpret_cast<std::uintptr_t>(&co);
+  }
 
   struct State {
     bool admit(std::uint64_t what) noexcept {
-      if (what == kRead) {
+      const std::uint64_t kind = what & kKinds;
+      if (kind == kRead) {
         if (writing) return false;
         ++readers;
+        reader_sum += what - kind;
         return true;
       }
-      if (writing || readers != (what == kUpgrade ? 1 : 0)) return false;
+      if (writing || readers != (kind == kUpgrade ? 1 : 0)) return false;
       readers = 0;
+      reader_sum = 0;
       writing = true;
       return true;
     }
+    /// Was not admitted, and is to wait, or is the first of those that do.
+    void refused(std::uint64_t what, const char* name) const noexcept {
+      const std::uint64_t kind = what & kKinds;
+      if (readers == 1 && kind != kUpgrade && what - kind == reader_sum) [[unlikely]] {
+        waits_for_itself(reader_sum, name);
+      }
+    }
     std::uint64_t readers = 0;
+    std::uint64_t reader_sum = 0;  // of their addresses; of the last one, once the others have gone
     bool writing = false;
     bool upgrading = false;       // a reader waits to become the writer
     Coroutine* writer = nullptr;  // once it runs; for the check that it does not ask again
@@ -87,9 +108,10 @@ class CoRwlock {
   const char* name() const noexcept { return queue_.name(); }
 
  private:
-  Guard try_lock(std::uint64_t what);
+  Guard try_lock(std::uint64_t kind);
   bool begin_upgrade() noexcept;
   void check_not_writer(const Coroutine& co) const;
+  [[noreturn, gnu::cold]] static void waits_for_itself(std::uint64_t address, const char* name);
 
   Queue queue_;
 };
@@ -151,11 +173,11 @@ class CoRwlock::LockAwaiter : public detail::AdmissionAwaiter<State, kCancellabl
 
  public:
   template <class... Stop>
-  LockAwaiter(CoRwlock& lock, std::uint64_t what, Stop... stop) noexcept
-      : Base(lock.queue_, what, std::move(stop)...), lock_(lock), writing_(what == kWrite) {}
+  LockAwaiter(CoRwlock& lock, std::uint64_t kind, Stop... stop) noexcept
+      : LockAwaiter(lock, *Coroutine::self(), kind, std::move(stop)...) {}
 
   bool await_ready() noexcept {
-    lock_.check_not_writer(*Coroutine::self());
+    lock_.check_not_writer(co_);
     return Base::await_ready();
   }
 
@@ -163,14 +185,22 @@ class CoRwlock::LockAwaiter : public detail::AdmissionAwaiter<State, kCancellabl
     const bool admitted = this->end_of_wait();
     if constexpr (kCancellable) {
       if (!admitted) return Result<Guard>(fail(ECANCELED, this->waits_for()));
-      return Result<Guard>(Guard(lock_, *Coroutine::self(), writing_));
+      return Result<Guard>(Guard(lock_, co_, writing_));
     } else {
-      return Guard(lock_, *Coroutine::self(), writing_);
+      return Guard(lock_, co_, writing_);
     }
   }
 
  private:
+  template <class... Stop>
+  LockAwaiter(CoRwlock& lock, Coroutine& co, std::uint64_t kind, Stop... stop) noexcept
+      : Base(lock.queue_, address_of(co) | kind, std::move(stop)...),
+        lock_(lock),
+        co_(co),
+        writing_(kind == kWrite) {}
+
   CoRwlock& lock_;
+  Coroutine& co_;
   const bool writing_;
 };
 
