@@ -3,7 +3,9 @@
 // after it waits, from home and from another thread; and what it leaves behind.
 #include <poll.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
@@ -184,6 +186,79 @@ TEST_P(Cancel, AConnect) {
     co_return co_await io_connect(client.get(), listener.generic(), sizeof listener.address,
                                   std::move(stop));
   });
+}
+
+// A unix socket that listens, and whose queue is full.
+struct FullQueue {
+  FullQueue() {
+    fd = UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    address.sun_family = AF_UNIX;
+    // Bound to no name it gets an abstract one.
+    EXPECT_EQ(::bind(fd.get(), generic(), sizeof(sa_family_t)), 0);
+    length = sizeof address;
+    EXPECT_EQ(::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &length), 0);
+    EXPECT_EQ(::listen(fd.get(), 0), 0);
+    first = UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    EXPECT_EQ(::connect(first.get(), generic(), length), 0);
+  }
+  const sockaddr* generic() const { return reinterpret_cast<const sockaddr*>(&address); }
+
+  UniqueFd fd;
+  UniqueFd first;
+  sockaddr_un address{};
+  socklen_t length = 0;
+};
+
+TEST_P(Cancel, AConnectToAUnixSocketWhoseQueueIsFull) {
+  FullQueue listener;
+  const Operation connect = [&](std::stop_token stop) -> Task<std::int64_t> {
+    const UniqueFd client(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    co_return co_await io_connect(client.get(), listener.generic(), listener.length,
+                                  std::move(stop));
+  };
+  check_all_moments(connect);
+  // Several wait for room, and each gets it; one is stopped meanwhile.
+  std::array<std::int64_t, 3> results{};
+  std::stop_source source;
+  for (std::int64_t& result : results) {
+    start(connect, &result == &results[1] ? source.get_token() : std::stop_token(), result);
+  }
+  poll_some();
+  source.request_stop();
+  EXPECT_EQ(finish(results[1]), -ECANCELED);
+  EXPECT_EQ(results[0], kNotYet);
+  EXPECT_EQ(results[2], kNotYet);
+  for (int i = 0; i < 3; ++i) {
+    UniqueFd accepted(::accept4(listener.fd.get(), nullptr, nullptr, SOCK_CLOEXEC));
+    EXPECT_TRUE(accepted);
+    if (i == 0) poll_until([&] { return results[0] != kNotYet || results[2] != kNotYet; });
+    if (i == 1) poll_until([&] { return results[0] != kNotYet && results[2] != kNotYet; });
+  }
+  EXPECT_EQ(results[0], 0);
+  EXPECT_EQ(results[2], 0);
+}
+
+TEST_P(Cancel, TwoAcceptsOnOneListener) {
+  Listener listener;
+  const Operation accept = [&](std::stop_token stop) -> Task<std::int64_t> {
+    co_return co_await io_accept(listener.fd.get(), 0, std::move(stop));
+  };
+  std::array<std::int64_t, 3> results{};
+  std::stop_source source;
+  for (std::int64_t& result : results) {
+    start(accept, &result == &results[0] ? source.get_token() : std::stop_token(), result);
+  }
+  poll_some();
+  source.request_stop();
+  EXPECT_EQ(finish(results[0]), -ECANCELED);
+  const UniqueFd one = listener.begin_connect();
+  poll_until([&] { return results[1] != kNotYet || results[2] != kNotYet; });
+  const UniqueFd two = listener.begin_connect();
+  poll_until([&] { return results[1] != kNotYet && results[2] != kNotYet; });
+  for (int i = 1; i < 3; ++i) {
+    EXPECT_GE(results[i], 0);
+    ::close(static_cast<int>(results[i]));
+  }
 }
 
 TEST_P(Cancel, APollForInput) {
