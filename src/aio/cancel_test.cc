@@ -3,7 +3,6 @@
 // after it waits, from home and from another thread; and what it leaves behind.
 #include <poll.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 
 #include <array>
 #include <atomic>
@@ -188,27 +187,6 @@ TEST_P(Cancel, AConnect) {
   });
 }
 
-// A unix socket that listens, and whose queue is full.
-struct FullQueue {
-  FullQueue() {
-    fd = UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    address.sun_family = AF_UNIX;
-    // Bound to no name it gets an abstract one.
-    EXPECT_EQ(::bind(fd.get(), generic(), sizeof(sa_family_t)), 0);
-    length = sizeof address;
-    EXPECT_EQ(::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &length), 0);
-    EXPECT_EQ(::listen(fd.get(), 0), 0);
-    first = UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    EXPECT_EQ(::connect(first.get(), generic(), length), 0);
-  }
-  const sockaddr* generic() const { return reinterpret_cast<const sockaddr*>(&address); }
-
-  UniqueFd fd;
-  UniqueFd first;
-  sockaddr_un address{};
-  socklen_t length = 0;
-};
-
 TEST_P(Cancel, AConnectToAUnixSocketWhoseQueueIsFull) {
   FullQueue listener;
   const Operation connect = [&](std::stop_token stop) -> Task<std::int64_t> {
@@ -229,8 +207,7 @@ TEST_P(Cancel, AConnectToAUnixSocketWhoseQueueIsFull) {
   EXPECT_EQ(results[0], kNotYet);
   EXPECT_EQ(results[2], kNotYet);
   for (int i = 0; i < 3; ++i) {
-    UniqueFd accepted(::accept4(listener.fd.get(), nullptr, nullptr, SOCK_CLOEXEC));
-    EXPECT_TRUE(accepted);
+    EXPECT_TRUE(listener.accept());
     if (i == 0) poll_until([&] { return results[0] != kNotYet || results[2] != kNotYet; });
     if (i == 1) poll_until([&] { return results[0] != kNotYet && results[2] != kNotYet; });
   }
