@@ -195,6 +195,33 @@ TEST_P(CancelStress, AnAccept) {
       });
 }
 
+// io_uring takes it through several of its places, and epoll tries it again and again.
+TEST_P(CancelStress, AConnectToAUnixSocketWhoseQueueIsFull) {
+  FullQueue listener;
+  int rounds = 0;
+  race(
+      "unix connect",
+      [&](std::stop_token stop) -> Task<std::int64_t> {
+        const UniqueFd client(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+        co_return co_await io_connect(client.get(), listener.generic(), listener.length,
+                                      std::move(stop));
+      },
+      [&] {
+        ASSERT_TRUE(listener.accept());
+        // Every other time it is seen to come in, where nothing has stopped it.
+        pollfd there{.fd = listener.fd.get(), .events = POLLIN, .revents = 0};
+        if (++rounds % 2 == 0) ::poll(&there, 1, 20);
+      },
+      [&](std::int64_t result) {
+        ASSERT_TRUE(result == 0 || result == -ECANCELED) << result;
+        // A cancelled one may be there all the same.
+        const bool there = listener.accept();
+        ASSERT_TRUE(there || result == -ECANCELED);
+        ASSERT_FALSE(listener.accept());
+        listener.fill();
+      });
+}
+
 TEST_P(CancelStress, APoll) {
   const SocketPair c = socket_pair();
   race(

@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <sys/stat.h>
 
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
@@ -184,6 +185,57 @@ TEST_P(Cancel, AConnect) {
     co_return co_await io_connect(client.get(), listener.generic(), sizeof listener.address,
                                   std::move(stop));
   });
+}
+
+TEST_P(Cancel, AConnectToAUnixSocketWhoseQueueIsFull) {
+  FullQueue listener;
+  const Operation connect = [&](std::stop_token stop) -> Task<std::int64_t> {
+    const UniqueFd client(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    co_return co_await io_connect(client.get(), listener.generic(), listener.length,
+                                  std::move(stop));
+  };
+  check_all_moments(connect);
+  // Several wait for room, and each gets it; one is stopped meanwhile.
+  std::array<std::int64_t, 3> results{};
+  std::stop_source source;
+  for (std::int64_t& result : results) {
+    start(connect, &result == &results[1] ? source.get_token() : std::stop_token(), result);
+  }
+  poll_some();
+  source.request_stop();
+  EXPECT_EQ(finish(results[1]), -ECANCELED);
+  EXPECT_EQ(results[0], kNotYet);
+  EXPECT_EQ(results[2], kNotYet);
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_TRUE(listener.accept());
+    if (i == 0) poll_until([&] { return results[0] != kNotYet || results[2] != kNotYet; });
+    if (i == 1) poll_until([&] { return results[0] != kNotYet && results[2] != kNotYet; });
+  }
+  EXPECT_EQ(results[0], 0);
+  EXPECT_EQ(results[2], 0);
+}
+
+TEST_P(Cancel, TwoAcceptsOnOneListener) {
+  Listener listener;
+  const Operation accept = [&](std::stop_token stop) -> Task<std::int64_t> {
+    co_return co_await io_accept(listener.fd.get(), 0, std::move(stop));
+  };
+  std::array<std::int64_t, 3> results{};
+  std::stop_source source;
+  for (std::int64_t& result : results) {
+    start(accept, &result == &results[0] ? source.get_token() : std::stop_token(), result);
+  }
+  poll_some();
+  source.request_stop();
+  EXPECT_EQ(finish(results[0]), -ECANCELED);
+  const UniqueFd one = listener.begin_connect();
+  poll_until([&] { return results[1] != kNotYet || results[2] != kNotYet; });
+  const UniqueFd two = listener.begin_connect();
+  poll_until([&] { return results[1] != kNotYet && results[2] != kNotYet; });
+  for (int i = 1; i < 3; ++i) {
+    EXPECT_GE(results[i], 0);
+    ::close(static_cast<int>(results[i]));
+  }
 }
 
 TEST_P(Cancel, APollForInput) {

@@ -23,6 +23,7 @@
 #include "aio/requests.h"
 #include "roost/aio/aio_context.h"
 #include "roost/aio/back_end.h"
+#include "roost/aio/timer.h"
 #include "roost/aio/unique_fd.h"
 #include "roost/base/check.h"
 
@@ -38,10 +39,15 @@ static_assert(POLLIN == EPOLLIN && POLLOUT == EPOLLOUT && POLLERR == EPOLLERR &&
 // whose I/O never blocks does not keep the loop to itself.
 constexpr unsigned kMaxImmediate = 64;
 
+// A unix socket that listens and whose queue is full tells nobody when there is room in it again:
+// who connects tries again after a while, at first soon.
+constexpr std::int64_t kFirstRetryNs = 200'000;
+constexpr std::int64_t kLastRetryNs = 50'000'000;
+
 class EpollBackEnd final : public BackEnd {
  public:
   EpollBackEnd(AioContext& context, int wake_fd, FileIo file_io, std::shared_ptr<ThreadPool> pool)
-      : context_(context), wake_fd_(wake_fd) {
+      : context_(context), wake_fd_(wake_fd), retry_(context, [this] { retry_connects(); }) {
     epoll_fd_ = UniqueFd(::epoll_create1(EPOLL_CLOEXEC));
     if (!epoll_fd_) throw std::system_error(errno, std::generic_category(), "epoll_create1");
     epoll_event event{.events = EPOLLIN, .data = {.u64 = key(wake_fd, kWake)}};
@@ -100,10 +106,10 @@ class EpollBackEnd final : public BackEnd {
       ROOST_CHECK(request.flags & (POLLIN | POLLOUT), "a poll of descriptor {} for no event",
                   request.fd);
     }
-    if (request.on_file() || must_block(request)) {
+    if (request.on_file()) {
       files_->start(request);
     } else if (request.tried) {
-      wait_for_descriptor(request);
+      wait(request);
     } else {
       // Its turn comes in the next iteration.
       request.stage = kNotTried;
@@ -117,6 +123,11 @@ class EpollBackEnd final : public BackEnd {
     switch (static_cast<Stage>(request.stage)) {
       case kWaiting:
         stop_waiting(request);
+        requests_.end_later(request, -ECANCELED);
+        break;
+      case kQueueFull:
+        queue_full_.remove(request);
+        if (queue_full_.empty()) retry_.cancel();
         requests_.end_later(request, -ECANCELED);
         break;
       case kInPool:
@@ -167,13 +178,6 @@ class EpollBackEnd final : public BackEnd {
     return static_cast<std::uint64_t>(fd) << 2 | kind;
   }
 
-  // The requests that wait on one descriptor: one for each direction, or the same for both.
-  struct Waiters {
-    IoRequest* in = nullptr;
-    IoRequest* out = nullptr;
-    bool none() const noexcept { return !in && !out; }
-  };
-
   static bool waits_for_input(const IoRequest& r) noexcept {
     return r.op == IoRequest::Op::kRecv || r.op == IoRequest::Op::kRecvMsg ||
            r.op == IoRequest::Op::kAccept || (r.op == IoRequest::Op::kPoll && (r.flags & POLLIN));
@@ -183,8 +187,7 @@ class EpollBackEnd final : public BackEnd {
            (r.op == IoRequest::Op::kPoll && (r.flags & POLLOUT));
   }
 
-  // A Unix socket whose peer's queue is full cannot be waited for.
-  static bool must_block(const IoRequest& r) noexcept {
+  static bool queue_is_full(const IoRequest& r) noexcept {
     return r.op == IoRequest::Op::kConnect && r.tried && r.result == -EAGAIN;
   }
 
@@ -242,21 +245,21 @@ class EpollBackEnd final : public BackEnd {
   bool dispatch_descriptor(int fd, std::uint32_t events) {
     constexpr std::uint32_t kBoth = EPOLLERR | EPOLLHUP;
     bool progress = false;
-    if (events & (EPOLLIN | kBoth)) progress |= retry_direction(fd, &Waiters::in);
-    if (events & (EPOLLOUT | kBoth)) progress |= retry_direction(fd, &Waiters::out);
+    if (events & (EPOLLIN | kBoth)) progress |= retry_first(fd, &waits_for_input);
+    if (events & (EPOLLOUT | kBoth)) progress |= retry_first(fd, &waits_for_output);
     return progress;
   }
 
-  // What is not tried stays in the table, armed, where a nested poll finds it.
-  bool retry_direction(int fd, IoRequest* Waiters::*direction) {
+  // Tries the first that waits for that direction. What is not tried stays in the table, armed,
+  // where the next iteration finds it, or a nested poll.
+  bool retry_first(int fd, bool (*waits)(const IoRequest&) noexcept) {
     const auto found = waiters_.find(fd);
     if (found == waiters_.end()) return false;
-    IoRequest* const request = found->second.*direction;
-    if (request) {
-      stop_waiting(*request);
-    }
-    if (const auto other = waiters_.find(fd); other != waiters_.end()) {
-      ROOST_CHECK(arm(fd, other->second), "descriptor {} of context '{}' got lost: errno {}", fd,
+    IoRequest* request = found->second.first();
+    while (request && !waits(*request)) request = request->next;
+    if (request) stop_waiting(*request);
+    if (const auto others = waiters_.find(fd); others != waiters_.end()) {
+      ROOST_CHECK(arm(fd, others->second), "descriptor {} of context '{}' got lost: errno {}", fd,
                   context_.name(), errno);
     }
     return request && retry(*request);
@@ -276,11 +279,7 @@ class EpollBackEnd final : public BackEnd {
     if (request.cancelled) {
       request.result = -ECANCELED;
     } else if (!attempt(request)) {
-      if (must_block(request)) {
-        files_->start(request);
-      } else {
-        wait_for_descriptor(request);
-      }
+      wait(request);
       return false;
     }
     requests_.end(request);
@@ -297,14 +296,36 @@ class EpollBackEnd final : public BackEnd {
     return progress;
   }
 
+  void wait(IoRequest& request) {
+    if (!queue_is_full(request)) {
+      wait_for_descriptor(request);
+      return;
+    }
+    request.stage = kQueueFull;
+    queue_full_.push(request);
+    if (!retry_.armed()) retry_.arm_after(retry_delay_ns_ = kFirstRetryNs);
+  }
+
+  void retry_connects() {
+    RequestList some = std::exchange(queue_full_, {});
+    while (IoRequest* const request = some.pop()) {
+      request->tried = false;
+      if (attempt(*request)) {
+        requests_.end_later(*request, request->result);
+      } else if (!queue_is_full(*request)) {
+        wait_for_descriptor(*request);
+      } else {
+        queue_full_.push(*request);
+      }
+    }
+    if (queue_full_.empty()) return;
+    retry_delay_ns_ = std::min(2 * retry_delay_ns_, kLastRetryNs);
+    retry_.arm_after(retry_delay_ns_);
+  }
+
   void wait_for_descriptor(IoRequest& request) {
-    Waiters& waiters = waiters_[request.fd];
-    const auto enlist = [&request](IoRequest*& slot) {
-      ROOST_CHECK(!slot, "two coroutines wait on one direction of descriptor {}", request.fd);
-      slot = &request;
-    };
-    if (waits_for_input(request)) enlist(waiters.in);
-    if (waits_for_output(request)) enlist(waiters.out);
+    RequestList& waiters = waiters_[request.fd];
+    waiters.push(request);
     request.stage = kWaiting;
     if (arm(request.fd, waiters)) return;
     // Too many descriptors are being waited for, or there is no memory: that is the request's loss.
@@ -316,18 +337,18 @@ class EpollBackEnd final : public BackEnd {
   // The kernel may tell of the descriptor once more; nobody will be found to wait for it.
   void stop_waiting(IoRequest& request) noexcept {
     const auto found = waiters_.find(request.fd);
-    Waiters& waiters = found->second;
-    if (waiters.in == &request) waiters.in = nullptr;
-    if (waiters.out == &request) waiters.out = nullptr;
-    if (waiters.none()) waiters_.erase(found);
+    found->second.remove(request);
+    if (found->second.empty()) waiters_.erase(found);
   }
 
   // One-shot: the descriptor may be closed and its number used again without our being told, so
   // nothing is assumed about what the kernel still knows.
-  bool arm(int fd, const Waiters& waiters) {
-    epoll_event event{
-        .events = EPOLLONESHOT | (waiters.in ? EPOLLIN : 0u) | (waiters.out ? EPOLLOUT : 0u),
-        .data = {.u64 = key(fd, kDescriptor)}};
+  bool arm(int fd, const RequestList& waiters) {
+    epoll_event event{.events = EPOLLONESHOT, .data = {.u64 = key(fd, kDescriptor)}};
+    for (const IoRequest* one = waiters.first(); one; one = one->next) {
+      if (waits_for_input(*one)) event.events |= EPOLLIN;
+      if (waits_for_output(*one)) event.events |= EPOLLOUT;
+    }
     return ::epoll_ctl(epoll_fd_.get(), EPOLL_CTL_MOD, fd, &event) == 0 ||
            (errno == ENOENT && ::epoll_ctl(epoll_fd_.get(), EPOLL_CTL_ADD, fd, &event) == 0);
   }
@@ -339,10 +360,13 @@ class EpollBackEnd final : public BackEnd {
   unsigned ready_count_ = 0;
   unsigned next_ready_ = 0;
   std::unordered_map<int, FdWatch*> watches_;
-  std::unordered_map<int, Waiters> waiters_;
+  std::unordered_map<int, RequestList> waiters_;  // by descriptor; the oldest first
   Requests requests_;
   RequestList not_tried_;
   unsigned not_tried_count_ = 0;
+  RequestList queue_full_;
+  std::int64_t retry_delay_ns_ = kFirstRetryNs;
+  Timer retry_;  // armed while queue_full_ is not empty
   unsigned immediate_ = 0;
   bool coarse_ = false;  // the kernel has no epoll_pwait2
   std::optional<FileEngines> files_;

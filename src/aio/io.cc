@@ -80,16 +80,15 @@ int poll_now(int fd, short events, int timeout_ms) noexcept {
   return count > 0 ? one.revents : count;
 }
 
-void set_blocking(int fd, bool blocking) noexcept {
+void set_non_blocking(int fd) noexcept {
   const int flags = ::fcntl(fd, F_GETFL);
-  const int wanted = blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK;
-  if (flags >= 0 && flags != wanted) ::fcntl(fd, F_SETFL, wanted);
+  if (flags >= 0 && !(flags & O_NONBLOCK)) ::fcntl(fd, F_SETFL, flags | O_NONBLOCK);
 }
 
 // One that is under way (EINPROGRESS) is done once the socket is writable.
-int connect_now(const IoRequest& request, bool dont_wait) noexcept {
-  if (!request.tried || !dont_wait) {
-    set_blocking(request.fd, !dont_wait);
+int connect_now(const IoRequest& request) noexcept {
+  if (!request.tried) {
+    set_non_blocking(request.fd);
     return ::connect(request.fd, static_cast<const sockaddr*>(request.address), request.length);
   }
   const int ready = poll_now(request.fd, POLLOUT, 0);
@@ -195,11 +194,11 @@ std::int64_t IoRequest::execute(bool dont_wait) const noexcept {
                          flags | (dont_wait ? MSG_DONTWAIT : 0));
         break;
       case Op::kAccept:
-        if (dont_wait) set_blocking(fd, false);
+        if (dont_wait) set_non_blocking(fd);
         done = ::accept4(fd, nullptr, nullptr, flags);
         break;
       case Op::kConnect:
-        done = connect_now(*this, dont_wait);
+        done = connect_now(*this);
         break;
       case Op::kPoll:
         done = poll_now(fd, static_cast<short>(flags), dont_wait ? 0 : -1);

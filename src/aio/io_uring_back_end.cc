@@ -18,6 +18,7 @@
 
 #include "aio/file_engine.h"
 #include "aio/requests.h"
+#include "aio/ring_end.h"
 #include "roost/aio/aio_context.h"
 #include "roost/aio/back_end.h"
 #include "roost/base/check.h"
@@ -57,7 +58,7 @@ int set_up_ring(io_uring& ring, unsigned submissions) noexcept {
 }
 
 // The low bits of user_data tell what it points at.
-enum Tag : std::uint64_t { kRequest = 0, kWatch = 1, kWake = 2, kNobody = 3 };
+enum Tag : std::uint64_t { kRequest = 0, kWatch = 1, kWake = 2, kCancel = 3, kNobody = 4 };
 constexpr std::uint64_t kTagMask = 7;
 
 class IoUringBackEnd final : public BackEnd {
@@ -175,9 +176,8 @@ class IoUringBackEnd final : public BackEnd {
   void cancel(IoRequest& request) override {
     if (std::exchange(request.cancelled, true)) return;
     if (request.stage == kInRing || request.stage == kPolledInRing) {
-      io_uring_sqe* sqe = next_sqe();
-      io_uring_prep_cancel64(sqe, reinterpret_cast<std::uint64_t>(&request) | kRequest, 0);
-      io_uring_sqe_set_data64(sqe, kNobody);
+      cancelling_.push(request);
+      cancel_in_ring(reinterpret_cast<std::uint64_t>(&request));
     } else if (request.stage == kHeld) {
       held_ = nullptr;
       requests_.end_later(request, -ECANCELED);
@@ -218,6 +218,24 @@ class IoUringBackEnd final : public BackEnd {
     return sqe;
   }
 
+  void cancel_in_ring(std::uint64_t request) {
+    io_uring_sqe* sqe = next_sqe();
+    io_uring_prep_cancel64(sqe, request | kRequest, 0);
+    io_uring_sqe_set_data64(sqe, request | kCancel);
+  }
+
+  // The kernel finds no request that goes from one of its places to another just then: that has
+  // been woken and not run yet, say, and will wait again. `request` may be gone: its address is
+  // looked up among those that are there.
+  void cancel_ended(std::uint64_t request, int result) {
+    if (result != -ENOENT) return;
+    for (const IoRequest* one = cancelling_.first(); one; one = one->next) {
+      if (reinterpret_cast<std::uint64_t>(one) != request) continue;
+      cancel_in_ring(request);
+      return;
+    }
+  }
+
   void put_into_ring(IoRequest& request) {
     request.stage = kInRing;
     io_uring_sqe* sqe = next_sqe();
@@ -234,7 +252,7 @@ class IoUringBackEnd final : public BackEnd {
         if (r.length == 1) {
           // One piece: nothing for the kernel to copy where a worker has to do it.
           const iovec& piece = *static_cast<const iovec*>(r.address);
-          io_uring_prep_write(&sqe, r.fd, piece.iov_base, static_cast<unsigned>(piece.iov_len),
+          io_uring_prep_write(&sqe, r.fd, piece.iov_base, detail::io_length(piece.iov_len),
                               r.offset);
           sqe.rw_flags = r.flags;
           break;
@@ -321,40 +339,38 @@ class IoUringBackEnd final : public BackEnd {
       case kWake:
         if (last && !closing_) watch_wake_fd();
         return false;
+      case kCancel:
+        cancel_ended(data & ~kTagMask, result);
+        return false;
       case kNobody:
         return false;
     }
     return false;
   }
 
-  static bool receives(const IoRequest& request) noexcept {
-    return request.op == IoRequest::Op::kRecv || request.op == IoRequest::Op::kRecvMsg;
-  }
-
   bool ended(IoRequest& request, int result) {
-    if (request.cancelled) {
-      // Had nothing yet, or was interrupted by the cancellation.
-      if (result == -EAGAIN || result == -EINTR) result = -ECANCELED;
-    } else if (request.stage == kPolledInRing && result >= 0) {
-      put_into_ring(request);
-      return false;
-    } else if (result == -EAGAIN && receives(request) && !request.tried &&
-               !(request.flags & MSG_DONTWAIT)) {
-      // Not a descriptor that can be polled: let the call itself say what is wrong with it.
-      request.tried = true;
-      put_into_ring(request);
-      return false;
-    } else if (result == -EAGAIN && request.op == IoRequest::Op::kAccept) {
-      // Some kernels take a non-blocking socket at its word.
-      request.stage = kPolledInRing;
-      io_uring_sqe* sqe = next_sqe();
-      io_uring_prep_poll_add(sqe, request.fd, POLLIN);
-      io_uring_sqe_set_data64(sqe, reinterpret_cast<std::uint64_t>(&request) | kRequest);
-      return false;
+    switch (const RingEnd end = after_completion(request, result); end.next) {
+      case RingEnd::Next::kAgain:
+        put_into_ring(request);
+        return false;
+      case RingEnd::Next::kWithoutPoll:
+        request.tried = true;
+        put_into_ring(request);
+        return false;
+      case RingEnd::Next::kPoll: {
+        request.stage = kPolledInRing;
+        io_uring_sqe* sqe = next_sqe();
+        io_uring_prep_poll_add(sqe, request.fd, POLLIN);
+        io_uring_sqe_set_data64(sqe, reinterpret_cast<std::uint64_t>(&request) | kRequest);
+        return false;
+      }
+      case RingEnd::Next::kEnd:
+        if (request.cancelled) cancelling_.remove(request);
+        request.result = end.result;
+        requests_.end(request);
+        return true;
     }
-    request.result = result;
-    requests_.end(request);
-    return true;
+    return false;
   }
 
   bool watch_fired(FdWatch& watch, int result) {
@@ -388,6 +404,7 @@ class IoUringBackEnd final : public BackEnd {
   io_uring ring_{};
   unsigned outstanding_ = 0;  // completions to come, for the destructor
   Requests requests_;
+  RequestList cancelling_;     // in the ring, cancelled, and not ended yet
   IoRequest* held_ = nullptr;  // a receive
   unsigned held_polls_ = 0;    // iterations since it came
   unsigned immediate_ = 0;     // sends and receives that this iteration has made at once

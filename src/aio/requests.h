@@ -54,6 +54,7 @@ class RequestList {
 enum Stage : std::uint8_t {
   kNotTried = 1,  // epoll: tried when its turn comes in the next iteration
   kWaiting,       // epoll: for its descriptor to become ready
+  kQueueFull,     // epoll: a connection to a unix socket, tried again after a while
   kHeld,          // io_uring: a busy wait tries it itself
   kInRing,        // io_uring has it
   kPolledInRing,  // io_uring watches its descriptor, and gets the operation after that

@@ -9,6 +9,7 @@
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <array>
@@ -50,6 +51,32 @@ struct Listener {
 
   UniqueFd fd;
   sockaddr_in address{};
+};
+
+/// A unix socket that listens, and whose queue is full.
+struct FullQueue {
+  FullQueue() : fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)) {
+    address.sun_family = AF_UNIX;
+    // Bound to no name it gets an abstract one.
+    EXPECT_EQ(::bind(fd.get(), generic(), sizeof(sa_family_t)), 0);
+    EXPECT_EQ(::getsockname(fd.get(), generic(), &length), 0);
+    EXPECT_EQ(::listen(fd.get(), 0), 0);
+    fill();
+  }
+  sockaddr* generic() { return reinterpret_cast<sockaddr*>(&address); }
+
+  /// The queue takes one, whose client is gone when it is accepted.
+  void fill() {
+    const UniqueFd client(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    EXPECT_EQ(::connect(client.get(), generic(), length), 0);
+  }
+
+  /// False: the queue is empty.
+  bool accept() { return static_cast<bool>(UniqueFd(::accept(fd.get(), nullptr, nullptr))); }
+
+  UniqueFd fd;
+  sockaddr_un address{};
+  socklen_t length = sizeof address;
 };
 
 /// Sends until the socket takes no more; returns how much that was.

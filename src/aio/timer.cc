@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "roost/aio/timer.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <limits>
 #include <utility>
@@ -11,6 +12,16 @@
 #include "roost/coro/may_wait.h"
 
 namespace roost {
+
+namespace {
+
+std::int64_t after(const Clock& clock, std::int64_t delay_ns) noexcept {
+  const std::int64_t now = clock.now_ns();
+  constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
+  return delay_ns < kNever - now ? now + delay_ns : kNever;
+}
+
+}  // namespace
 
 Timer::Timer(AioContext& context, std::function<void()> callback)
     : context_(context), callback_(std::make_shared<std::function<void()>>(std::move(callback))) {}
@@ -23,7 +34,7 @@ void Timer::arm_at(std::int64_t deadline_ns) {
   context_.timers().arm(*this, deadline_ns);
 }
 
-void Timer::arm_after(std::int64_t delay_ns) { arm_at(context_.clock().now_ns() + delay_ns); }
+void Timer::arm_after(std::int64_t delay_ns) { arm_at(after(context_.clock(), delay_ns)); }
 
 void Timer::cancel() noexcept {
   if (!armed()) return;
@@ -67,7 +78,7 @@ void TimerQueue::sift_down(std::size_t position) noexcept {
 
 void TimerQueue::arm(Timer& timer, std::int64_t deadline_ns) {
   cancel(timer);
-  timer.deadline_ns_ = deadline_ns;
+  timer.deadline_ns_ = std::max(deadline_ns, earliest_ns_);
   timer.order_ = next_order_++;
   heap_.push_back(&timer);
   timer.position_ = heap_.size() - 1;
@@ -87,8 +98,11 @@ void TimerQueue::cancel(Timer& timer) noexcept {
 }
 
 bool TimerQueue::run_due(std::int64_t now_ns) {
-  // A timer that arms itself again for a moment that has passed waits for the next iteration.
+  // A timer that is armed meanwhile, for a moment that has passed, waits for the next iteration. It
+  // counts as armed for now, and so stands behind all that are due: else one that is armed for the
+  // past each time it fires would keep them from firing for ever.
   const std::uint64_t end = next_order_;
+  const std::int64_t outer = std::exchange(earliest_ns_, now_ns);
   bool fired = false;
   while (!heap_.empty()) {
     Timer& timer = *heap_.front();
@@ -98,16 +112,11 @@ bool TimerQueue::run_due(std::int64_t now_ns) {
     (*callback)();
     fired = true;
   }
+  earliest_ns_ = outer;
   return fired;
 }
 
 namespace {
-
-std::int64_t after(std::int64_t delay_ns) noexcept {
-  const std::int64_t now = AioContext::current()->clock().now_ns();
-  constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
-  return delay_ns < kNever - now ? now + delay_ns : kNever;
-}
 
 // A wait for a moment, which a stop ends early.
 class Sleep : public StopRelay {
@@ -155,7 +164,9 @@ Task<void> sleep_until(std::int64_t deadline_ns) {
   co_await suspend_waiting("a timer", PublishNothing{});
 }
 
-Task<void> sleep_for(std::int64_t delay_ns) { co_await sleep_until(after(delay_ns)); }
+Task<void> sleep_for(std::int64_t delay_ns) {
+  co_await sleep_until(after(AioContext::current()->clock(), delay_ns));
+}
 
 Task<Result<void>> sleep_until(std::int64_t deadline_ns, std::stop_token stop) {
   AioContext& home = *AioContext::current();
@@ -174,7 +185,8 @@ Task<Result<void>> sleep_until(std::int64_t deadline_ns, std::stop_token stop) {
 }
 
 Task<Result<void>> sleep_for(std::int64_t delay_ns, std::stop_token stop) {
-  co_return co_await sleep_until(after(delay_ns), std::move(stop));
+  const std::int64_t deadline_ns = after(AioContext::current()->clock(), delay_ns);
+  co_return co_await sleep_until(deadline_ns, std::move(stop));
 }
 
 }  // namespace roost

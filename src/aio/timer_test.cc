@@ -138,6 +138,37 @@ TEST_P(Timers, OneArmedForThePastByAnotherDoesNotDelayTheRest) {
   EXPECT_EQ(order.size(), 3u) << order;
 }
 
+TEST_P(Timers, OneThatArmsItselfForThePastForEverDoesNotKeepTheRestFromFiring) {
+  std::string order;
+  std::unique_ptr<Timer> past;
+  past = std::make_unique<Timer>(context(), [&] {
+    order += 'p';
+    past->arm_at(clock_.now_ns() - 100);
+  });
+  Timer first(context(), [&] { order += '1'; });
+  Timer second(context(), [&] { order += '2'; });
+  past->arm_at(0);
+  first.arm_at(5);
+  second.arm_at(20);
+  clock_.advance_ns(10);
+  context().poll(true);
+  context().poll(true);
+  EXPECT_NE(order.find('1'), std::string::npos) << order;
+  clock_.advance_ns(10);
+  context().poll(true);
+  context().poll(true);
+  EXPECT_NE(order.find('2'), std::string::npos) << order;
+  EXPECT_EQ(std::ranges::count(order, 'p'), 4) << order;
+}
+
+TEST_P(Timers, ADelayBeyondWhatTheClockCanShowIsForEver) {
+  clock_.advance_ns(1000);
+  Timer timer(context(), [] { FAIL(); });
+  timer.arm_after(INT64_MAX);
+  EXPECT_FALSE(context().poll(false));
+  EXPECT_TRUE(timer.armed());
+}
+
 TEST_P(Timers, ABlockingPollWithADueTimerDoesNotWait) {
   bool fired = false;
   Timer timer(context(), [&] { fired = true; });

@@ -2,13 +2,17 @@
 // Every kind of channel passes the same tests, in so far as it is one of two ends.
 #include "roost/io/channel.h"
 
+#include <dlfcn.h>
 #include <fcntl.h>
+#include <netdb.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -26,6 +30,33 @@
 #include "roost/io/memory_channel.h"
 #include "roost/io/pipe_channel.h"
 #include "roost/io/socket_channel.h"
+
+namespace {
+
+// A name server that does not answer before it is told to.
+struct SlowLookup {
+  std::atomic<bool> begun{false};
+  std::atomic<bool> may_end{false};
+  std::atomic<bool> ended{false};
+} slow_lookup;
+
+}  // namespace
+
+// In place of the C library's.
+extern "C" int getaddrinfo(const char* host, const char* port, const addrinfo* hints,
+                           addrinfo** list) {
+  if (std::strcmp(host, "slow.test") == 0) {
+    if (hints->ai_flags & AI_NUMERICHOST) return EAI_NONAME;
+    slow_lookup.begun = true;
+    slow_lookup.begun.notify_all();
+    slow_lookup.may_end.wait(false);
+    slow_lookup.ended = true;
+    slow_lookup.ended.notify_all();
+    return EAI_AGAIN;
+  }
+  static const auto next = reinterpret_cast<decltype(&getaddrinfo)>(::dlsym(RTLD_NEXT, __func__));
+  return next(host, port, hints, list);
+}
 
 namespace roost {
 namespace {
@@ -403,6 +434,39 @@ TEST_F(OtherChannels, VsockConnectsWhereTheKernelHasIt) {
   std::optional<Done> received;
   run(server.read_full(room_of(got)), received);
   EXPECT_EQ(got, "over vsock");
+}
+
+TEST_F(OtherChannels, AReadIntoMoreThanFourGigabytesIsNoEndOfTheStream) {
+  auto ends = SocketChannel::pair();
+  ASSERT_TRUE(ends);
+  constexpr std::size_t kSize = std::size_t{4} << 30;
+  void* const room = ::mmap(nullptr, kSize, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  ASSERT_NE(room, MAP_FAILED);
+  std::optional<Done> sent;
+  run(ends->second->write_full(bytes_of("something")), sent);
+  std::optional<Size> read;
+  run(ends->first->read(std::span(static_cast<std::byte*>(room), kSize)), read);
+  EXPECT_EQ(read->value_or(0), 9u);
+  ::munmap(room, kSize);
+}
+
+TEST_F(OtherChannels, AConnectThatIsStoppedLeavesALookupBehind) {
+  std::stop_source stop;
+  std::optional<Result<std::unique_ptr<SocketChannel>>> connected;
+  start(SocketChannel::connect(*SocketAddress::parse("tcp:slow.test:1"), stop.get_token()),
+        connected);
+  slow_lookup.begun.wait(false);
+  settle();
+  EXPECT_FALSE(connected);
+  stop.request_stop();
+  finish(connected);
+  ASSERT_FALSE(*connected);
+  EXPECT_EQ(connected->error().code(), ECANCELED);
+  EXPECT_FALSE(slow_lookup.ended);
+  slow_lookup.may_end = true;
+  slow_lookup.may_end.notify_all();
+  slow_lookup.ended.wait(false);
 }
 
 TEST_F(OtherChannels, AConnectThatIsStoppedEnds) {

@@ -69,13 +69,13 @@ Task<Result<std::size_t>> FileChannel::do_writev(std::span<const iovec> from, bo
   }
 }
 
-Task<Result<void>> FileChannel::do_shutdown(StreamEnd end, std::stop_token) {
+Task<Result<void>> FileChannel::do_shutdown(StreamEnd end, std::stop_token stop) {
   if (end == StreamEnd::kRead) {
     read_ended_ = true;
     co_return Result<void>();
   }
   write_ended_ = true;
-  const std::int64_t result = co_await io_data_sync(fd_.get());
+  const std::int64_t result = co_await io_data_sync(fd_.get(), std::move(stop));
   // What cannot be synced, a pipe under /dev/fd for one, has nothing to sync.
   if (result < 0 && result != -EINVAL && result != -EROFS) {
     co_return failure("sync", static_cast<int>(-result));

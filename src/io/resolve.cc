@@ -9,8 +9,11 @@
 #include <cstddef>
 #include <cstring>
 #include <memory>
+#include <system_error>
+#include <thread>
+#include <utility>
 
-#include "roost/aio/thread_pool.h"
+#include "roost/coro/completion.h"
 
 namespace roost {
 
@@ -87,9 +90,21 @@ Task<Result<std::vector<ResolvedAddress>>> resolve(const SocketAddress& where,
   bool is_a_name = false;
   Result<std::vector<ResolvedAddress>> numeric = resolve_tcp(where, AI_NUMERICHOST, &is_a_name);
   if (!is_a_name) co_return numeric;
-  ThreadPool pool(1);
-  const auto look_up = [&where] { return resolve_tcp(where, 0, nullptr); };
-  co_return co_await pool.run(look_up);
+  // A lookup cannot be stopped, and may take half a minute: who is stopped leaves it behind. So it
+  // has a thread to itself, and what it uses belongs to it.
+  Completion<Result<std::vector<ResolvedAddress>>> found("a host name");
+  try {
+    std::thread([where, token = found.token()]() mutable {
+      token.fire(resolve_tcp(where, 0, nullptr));
+    }).detach();
+  } catch (const std::system_error& error) {
+    co_return fail(error.code().value(), "a thread to resolve " + where.text());
+  }
+  Result<std::vector<ResolvedAddress>> result = co_await found.wait(std::move(stop));
+  if (!result && result.error().code() == ECANCELED) {
+    co_return fail(ECANCELED, "resolve " + where.text());
+  }
+  co_return result;
 }
 
 }  // namespace roost

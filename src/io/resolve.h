@@ -26,8 +26,8 @@ struct ResolvedAddress {
 /// All addresses of a host. Blocks while a name is resolved; `passive`: to listen on.
 Result<std::vector<ResolvedAddress>> resolve_now(const SocketAddress& address, bool passive);
 
-/// As resolve_now(), to connect to; a name is resolved on a thread of its own. The stop is heeded
-/// before that.
+/// As resolve_now(), to connect to. A name is resolved on a thread of its own, which a stop leaves
+/// behind.
 Task<Result<std::vector<ResolvedAddress>>> resolve(const SocketAddress& address,
                                                    std::stop_token stop);
 

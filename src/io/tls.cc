@@ -397,11 +397,36 @@ Task<Result<void>> TlsChannel::fill(std::stop_token stop) {
   co_return Result<void>();
 }
 
+void TlsChannel::interrupt(AioContext& to) {
+  for (StopScope* const one : waits_for_turn_) {
+    if (one) one->request_stop();
+  }
+  redirect_lower(*lower_, to);
+}
+
+// A stop ends the wait, and so does a move, to go on where the channel is then.
+Task<Result<CoMutex::Guard>> TlsChannel::wait_for_turn(Direction by, std::stop_token stop) {
+  StopScope*& mine = waits_for_turn_[static_cast<std::size_t>(by)];
+  for (;;) {
+    if (in_transit(by)) co_await arrive();
+    StopScope stopped_or_moved(stop);
+    mine = &stopped_or_moved;
+    Result<CoMutex::Guard> turn = co_await sending_turn_.lock(stopped_or_moved.token());
+    mine = nullptr;
+    if (turn || stop.stop_requested()) co_return turn;
+  }
+}
+
 // Sends what there is to send. What is not sent when it ends early is the first to be sent next.
 Task<Result<void>> TlsChannel::flush(Direction by, std::stop_token stop) {
   Session& session = *session_;
   if (!session.something_to_send()) co_return Result<void>();
-  const CoMutex::Guard turn = co_await sending_turn_.lock();
+  CoMutex::Guard turn = sending_turn_.try_lock();
+  if (!turn) {
+    Result<CoMutex::Guard> waited = co_await wait_for_turn(by, stop);
+    if (!waited) co_return std::unexpected(waited.error());
+    turn = std::move(*waited);
+  }
   if (in_transit(by)) co_await arrive();
   session.flushing = true;
   const Result<void> done = co_await send_rest(std::move(stop));

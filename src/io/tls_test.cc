@@ -209,5 +209,72 @@ TEST_F(Tls, AHandshakeThatNobodyAnswersEndsWhenItIsStopped) {
   EXPECT_EQ(server_->error().code(), ECANCELED);
 }
 
+// A peer that does not read: the channel below is full, and a write that was stopped has left
+// something to be sent, which a reader then waits to send first.
+class TlsTurn : public Tls {
+ protected:
+  void SetUp() override {
+    shake({.directory = certificates_.folder()}, {.directory = certificates_.folder()});
+    ASSERT_TRUE(*server_ && *client_);
+    std::stop_source stop;
+    std::optional<Done> filled;
+    start(mine().write_full(std::as_bytes(std::span(plenty_)), stop.get_token()), filled);
+    settle();
+    ASSERT_FALSE(filled);
+    stop.request_stop();
+    finish(filled);
+    start(mine().read(room_of(got_), reader_.get_token()), read_, "reader");
+    start(mine().write(bytes_of("more"), writer_.get_token()), written_, "writer");
+    settle();
+    ASSERT_FALSE(read_);
+    ASSERT_FALSE(written_);
+  }
+  void TearDown() override {
+    reader_.request_stop();
+    writer_.request_stop();
+    if (!read_) finish(read_);
+    if (!written_) finish(written_);
+  }
+
+  Channel& mine() { return **server_.value(); }
+  Channel& peer() { return **client_.value(); }
+
+  const std::vector<char> plenty_ = std::vector<char>(8 << 20, 'x');
+  std::string got_ = std::string(8, '\0');
+  std::stop_source reader_;
+  std::stop_source writer_;
+  std::optional<Result<std::size_t>> read_;
+  std::optional<Result<std::size_t>> written_;
+};
+
+TEST_F(TlsTurn, AWriterThatWaitsForTheReadersTurnCanBeStopped) {
+  writer_.request_stop();
+  finish(written_);
+  // It was encrypted, and is sent before anything else.
+  EXPECT_TRUE(*written_);
+  EXPECT_FALSE(read_);
+}
+
+TEST_F(TlsTurn, AMoveTakesAWriterAlongThatWaitsForTheReadersTurn) {
+  std::optional<Done> moved;
+  run(mine().move_to(b()), moved);
+  EXPECT_TRUE(*moved);
+  EXPECT_EQ(mine().context(), &b());
+  EXPECT_FALSE(read_);
+  EXPECT_FALSE(written_);
+  // And they go on there: the peer reads after all, and says something.
+  std::string all(64 << 10, '\0');
+  while (!written_) {
+    std::optional<Result<std::size_t>> some;
+    run(peer().read(room_of(all)), some);
+    ASSERT_TRUE(*some);
+  }
+  EXPECT_TRUE(*written_);
+  std::optional<Done> said;
+  run(peer().write_full(bytes_of("hear me!")), said);
+  finish(read_);
+  EXPECT_EQ(got_, "hear me!");
+}
+
 }  // namespace
 }  // namespace roost

@@ -47,14 +47,17 @@ void count(std::atomic<std::uint32_t>& counter) noexcept {
 
 // ---- Locking
 
+void CoMutex::check_not_holder(const Coroutine& me) const {
+  if (core_.holder() != token_of(me)) return;
+  Place place;
+  own_await_chain(&place, 1);
+  panicf("{} ({}) locked by coroutine '{}' at {}, which holds it", name_, fmt::ptr(this), me.name(),
+         describe(place));
+}
+
 // True: the lock is taken after all, without suspending.
 bool CoMutex::lock_contended(Coroutine& me) noexcept {
-  if (core_.holder() == token_of(me)) {
-    Place place;
-    own_await_chain(&place, 1);
-    panicf("{} ({}) locked by coroutine '{}' at {}, which holds it", name_, fmt::ptr(this),
-           me.name(), describe(place));
-  }
+  check_not_holder(me);
   ROOST_PROBE(co_mutex_lock_entry, this, &me);
   if (!spin_until_free(me.home()) || !core_.try_lock(token_of(me))) return false;
   ROOST_PROBE(co_mutex_lock_return, this, &me);

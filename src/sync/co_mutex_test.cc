@@ -327,6 +327,21 @@ TEST_F(CoMutexDeath, LockingWhatOneHolds) {
       "the lock .* locked by coroutine 'narcissus' at .*co_mutex_test.cc.*which holds it");
 }
 
+TEST_F(CoMutexDeath, LockingWhatOneHoldsWithATokenThatIsStopped) {
+  const auto twice = [this]() -> Task<> {
+    std::stop_source stop;
+    const auto outer = co_await mutex_.lock();
+    stop.request_stop();
+    const auto inner = co_await mutex_.lock(stop.get_token());
+  };
+  EXPECT_DEATH(
+      {
+        spawn(a(), twice(), "the greedy");
+        settle();
+      },
+      "locked by coroutine 'the greedy'.*which holds it");
+}
+
 TEST_F(CoMutexDeath, UnlockingWhatAnotherHolds) {
   Coroutine* holder = start_holder(b());
   const auto body = [&]() -> Task<> {

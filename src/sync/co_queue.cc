@@ -18,16 +18,10 @@ void CoQueue::check_holder(const CoMutex::Guard& guard) const {
 
 // False: a stop was requested before.
 bool CoQueue::enqueue(Waiter& waiter) noexcept {
-  {
-    std::lock_guard guard(lock_);
-    if (!waiter.cancelled.get()) {
-      line_.push_back(waiter);
-      return true;
-    }
-  }
-  if (waiter.mutex) waiter.co->lock_taken();  // that it never let go of
-  wake_waiter(*waiter.co);
-  return false;
+  std::lock_guard guard(lock_);
+  if (waiter.cancelled.get()) return false;
+  line_.push_back(waiter);
+  return true;
 }
 
 void CoQueue::cancel(Waiter& waiter, bool& cancelled) noexcept {

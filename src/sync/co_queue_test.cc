@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "roost/sync/co_event.h"
 #include "sync/test_sync.h"
 
 namespace roost {
@@ -186,6 +187,74 @@ TEST_F(CoQueues, AWaitWithAThreadMutexCanBeCancelled) {
   settle();
   EXPECT_EQ(order_, "XYZ");
   EXPECT_TRUE(is_free(mutex));
+}
+
+// Awaits `wait` and has a stop requested when that has been found not to be.
+template <class Wait>
+class StoppedOnTheWay {
+ public:
+  StoppedOnTheWay(Wait wait, std::stop_source stop)
+      : awaiter_(std::move(wait).operator co_await()), stop_(std::move(stop)) {}
+  StoppedOnTheWay(const StoppedOnTheWay&) = delete;
+
+  AwaitInPlace<StoppedOnTheWay> operator co_await() && noexcept { return AwaitInPlace(*this); }
+  bool await_ready() { return awaiter_.await_ready(); }
+  template <class Promise>
+  void await_suspend(std::coroutine_handle<Promise> frame) {
+    stop_.request_stop();
+    awaiter_.await_suspend(frame);
+  }
+  auto await_resume() { return awaiter_.await_resume(); }
+
+ private:
+  decltype(std::declval<Wait>().operator co_await()) awaiter_;
+  std::stop_source stop_;
+};
+
+TEST_F(CoQueues, AStopOnTheWayIntoTheLineLeavesNoThreadLockWithWhoRunsNext) {
+  ThreadMutex mutex;
+  CoEvent go("both");
+  const auto stopped = [&]() -> Task<> {
+    co_await go.wait();
+    std::stop_source stop;
+    std::unique_lock lock(mutex);
+    StoppedOnTheWay wait(queue_.wait(lock, stop.get_token()), stop);
+    const Result<void> woken = co_await std::move(wait);
+    EXPECT_FALSE(woken);
+    EXPECT_TRUE(lock.owns_lock());
+    order_ += 's';
+  };
+  const auto next = [&]() -> Task<> {
+    co_await go.wait();
+    order_ += is_free(mutex) ? 'f' : 'H';
+  };
+  // Both are woken at once, and run one after the other.
+  const auto wake_both = [&]() -> Task<> {
+    go.set();
+    co_return;
+  };
+  spawn(a(), stopped());
+  spawn(a(), next());
+  settle();
+  spawn(a(), wake_both());
+  settle();
+  EXPECT_EQ(order_, "fs");
+}
+
+TEST_F(CoQueues, AStopOnTheWayIntoTheLineKeepsACoMutex) {
+  const auto stopped = [&]() -> Task<> {
+    std::stop_source stop;
+    auto guard = co_await mutex_.lock();
+    StoppedOnTheWay wait(queue_.wait(guard, stop.get_token()), stop);
+    const Result<void> woken = co_await std::move(wait);
+    EXPECT_FALSE(woken);
+    EXPECT_FALSE(mutex_.try_lock());
+    order_ += 's';
+  };
+  spawn(a(), stopped());
+  settle();
+  EXPECT_EQ(order_, "s");
+  EXPECT_TRUE(queue_.empty());
 }
 
 TEST_F(CoQueues, WakeAllWithAThreadMutexWakesEverybodyInOrder) {

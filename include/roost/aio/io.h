@@ -13,11 +13,15 @@
 //   io_writev, io_sendmsg                   not started: nothing was written or sent
 //   io_truncate, io_read_ahead,             not started
 //   io_find_extents
-//   io_data_sync, io_allocate               unknown, on io_uring; not started otherwise
+//   io_data_sync, io_allocate, and          unknown, on io_uring; not started otherwise
+//   io_writev with RWF_DSYNC or RWF_SYNC
 //   io_connect                              unknown: the socket may get connected; close it
 //
 // What was transferred before the stop is never lost: it is the result. A stop that was requested
 // beforehand gives -ECANCELED without a try. File operations that have begun are seldom given up.
+//
+// Several may wait for one descriptor, in one direction, too (accepts of several coroutines, say);
+// the order they are served in is the kernel's.
 //
 // Threads: within a coroutine; a stop may be requested from any thread at any time.
 // Lifetime: buffers, iovecs and msghdrs stay untouched until the await returns. Descriptors are
@@ -148,7 +152,7 @@ class [[nodiscard]] CancellableIoAwaiter {
 inline IoAwaiter io_read(int fd, std::span<std::byte> buffer, std::uint64_t offset) noexcept {
   IoAwaiter io(IoRequest::Op::kRead, fd);
   io.request().address = buffer.data();
-  io.request().length = static_cast<std::uint32_t>(buffer.size());
+  io.request().length = detail::io_length(buffer.size());
   io.request().offset = offset;
   return io;
 }
@@ -236,7 +240,7 @@ inline CancellableIoAwaiter io_find_extents(int fd, std::span<FileExtent> to, st
 inline IoAwaiter io_recv(int fd, std::span<std::byte> buffer, int flags = 0) noexcept {
   IoAwaiter io(IoRequest::Op::kRecv, fd);
   io.request().address = buffer.data();
-  io.request().length = static_cast<std::uint32_t>(buffer.size());
+  io.request().length = detail::io_length(buffer.size());
   io.request().flags = flags;
   return io;
 }

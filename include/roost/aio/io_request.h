@@ -5,6 +5,7 @@
 // Lifetime: the request, and the memory it names, stay where they are until complete() is called.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "roost/coro/queue_entry.h"
@@ -12,6 +13,14 @@
 namespace roost {
 
 class AioContext;
+
+namespace detail {
+// As much as the kernel transfers at a time: 2 GiB less a page.
+inline constexpr std::size_t kMaxIoLength = 0x7fff'f000;
+constexpr std::uint32_t io_length(std::size_t bytes) noexcept {
+  return static_cast<std::uint32_t>(bytes < kMaxIoLength ? bytes : kMaxIoLength);
+}
+}  // namespace detail
 
 /// A piece of a file, as lseek(2) tells data from holes.
 struct FileExtent {
@@ -73,8 +82,8 @@ struct IoRequest {
   void* job = nullptr;
 
   /// Executes the operation with a plain system call; for worker threads, and with `dont_wait` for
-  /// an attempt that must not block (result -EAGAIN: it would have;
-  /// -EINPROGRESS: the socket is being connected, and it is `tried` again once it is writable).
+  /// an attempt that must not block (result -EAGAIN: it would have; -EINPROGRESS: the socket is
+  /// being connected, and it is `tried` again once it is writable). A connect never blocks.
   std::int64_t execute(bool dont_wait) const noexcept;
 
   IoRequest(Op o, int f) noexcept : op(o), fd(f) {}

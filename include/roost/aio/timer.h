@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <stop_token>
 #include <vector>
@@ -33,7 +34,8 @@ class Timer {
   /// Calls the callback once, at or after `deadline_ns` of the context's clock. Arming again
   /// replaces the deadline.
   void arm_at(std::int64_t deadline_ns);
-  /// As arm_at(), so long after now; at once, in the next iteration, if that is not positive.
+  /// As arm_at(), so long after now; at once, in the next iteration, if that is not positive; never
+  /// if it is beyond what the clock can show.
   void arm_after(std::int64_t delay_ns);
   /// The callback is not called any more, unless it is armed again.
   void cancel() noexcept;
@@ -74,6 +76,7 @@ class TimerQueue {
 
   std::vector<Timer*> heap_;
   std::uint64_t next_order_ = 0;
+  std::int64_t earliest_ns_ = std::numeric_limits<std::int64_t>::min();  // now, in run_due()
 };
 
 /// Suspends the current coroutine for `delay_ns` of its context's clock.

@@ -130,7 +130,7 @@ class Channel {
   /// Attaches the channel to `to`, with the operations that wait for it and their coroutines; and
   /// returns, on the context it was awaited on, when they have arrived. EBUSY: another move is
   /// under way, and nothing was done. Not from a coroutine that has an operation of the channel
-  /// under way.
+  /// under way. It takes a turn of either loop and cannot be stopped.
   Task<Result<void>> move_to(AioContext& to);
 
  protected:

@@ -23,8 +23,8 @@ class SocketChannel : public Channel {
   SocketChannel(UniqueFd fd, std::string name);
   ~SocketChannel() override;
 
-  /// Connects. A host name is resolved on a thread of its own; its addresses are tried in their
-  /// order. A unix socket whose queue is full is waited for.
+  /// Connects. A host name is resolved on a thread of its own, which a stop leaves behind; its
+  /// addresses are tried in their order. A unix socket whose queue is full is waited for.
   static Task<Result<std::unique_ptr<SocketChannel>>> connect(SocketAddress address,
                                                               std::stop_token stop = {});
 

@@ -16,6 +16,7 @@
 // Lifetime: sessions share their credentials.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -23,6 +24,7 @@
 
 #include "roost/io/channel.h"
 #include "roost/sync/co_mutex.h"
+#include "roost/sync/stop_scope.h"
 
 namespace roost {
 
@@ -95,7 +97,7 @@ class TlsChannel final : public Channel {
   Task<Result<std::size_t>> do_writev(std::span<const iovec> from, bool all,
                                       std::stop_token stop) override;
   Task<Result<void>> do_shutdown(StreamEnd end, std::stop_token stop) override;
-  void interrupt(AioContext& to) override { redirect_lower(*lower_, to); }
+  void interrupt(AioContext& to) override;
 
  private:
   struct Session;
@@ -106,6 +108,7 @@ class TlsChannel final : public Channel {
   Task<Result<void>> shake_hands(std::stop_token stop);
   void learn_about_peer();
   Task<Result<void>> fill(std::stop_token stop);
+  Task<Result<CoMutex::Guard>> wait_for_turn(Direction by, std::stop_token stop);
   Task<Result<void>> flush(Direction by, std::stop_token stop);
   Task<Result<void>> send_rest(std::stop_token stop);
   std::size_t encrypt(std::span<const iovec> from, int& error);
@@ -120,6 +123,7 @@ class TlsChannel final : public Channel {
   std::unique_ptr<Session> session_;
   bool reading_ended_ = false;  // by us
   CoMutex sending_turn_{"TLS's turn to send"};
+  std::array<StopScope*, 2> waits_for_turn_{};  // by direction; while it waits
 };
 
 }  // namespace roost

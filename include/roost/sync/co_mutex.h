@@ -117,6 +117,7 @@ class CoMutex {
     }
   }
 
+  void check_not_holder(const Coroutine& me) const;
   bool lock_contended(Coroutine& me) noexcept;
   void unlock_contended(Coroutine* me, Place place);
   void hand_on() noexcept;
@@ -191,7 +192,10 @@ class CoMutex::LockAwaiter
       : Base(std::move(stop)), mutex_(mutex) {}
 
   [[gnu::always_inline]] bool await_ready() noexcept {
-    if (this->stop_requested()) return true;
+    if (this->stop_requested()) [[unlikely]] {
+      mutex_.check_not_holder(*Coroutine::self());
+      return true;
+    }
     // What is read after the compare-and-swap waits for it: hence in registers.
     CoMutex& mutex = mutex_;
     Coroutine& me = *Coroutine::self();

@@ -145,15 +145,19 @@ class CoQueue::WaitAwaiter
     }
   }
 
-  // The coroutine is woken through the queue of its home, whose thread is here: so it does not run,
-  // and its frame stays, until this returns.
+  // Once it is in the line it is woken through the queue of its home, whose thread is here: so it
+  // does not run, and its frame stays, until this returns.
   void start() noexcept {
-    if (!queue_.enqueue(waiter_)) return;  // cancelled, and woken with the lock as it is
+    const bool enqueued = queue_.enqueue(waiter_);
     if constexpr (kThreadLock) {
+      // Whatever runs next on this thread may want it.
       lock_.unlock();
-    } else {
+    } else if (enqueued) {
       waiter_.mutex->hand_on();
+    } else {
+      waiter_.co->lock_taken();  // that it never let go of
     }
+    if (!enqueued) wake_waiter(*waiter_.co);  // stopped before
   }
 
   void stop() noexcept { queue_.cancel(waiter_, cancelled_); }
