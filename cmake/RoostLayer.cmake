@@ -11,6 +11,16 @@ if(ROOST_SANITIZE)
   target_link_options(roost_options INTERFACE -fsanitize=${ROOST_SANITIZE})
 endif()
 
+# roost_leave_out(TEXT...)
+# says that something is left out because it cannot be had here; or refuses to go on without it.
+function(roost_leave_out)
+  if(ROOST_REQUIRE_PROOF)
+    message(SEND_ERROR ${ARGN} "\n  (ROOST_REQUIRE_PROOF is on: nothing may be left out)")
+  else()
+    message(STATUS ${ARGN})
+  endif()
+endfunction()
+
 # roost_add_layer(NAME SOURCES file... [DEPENDS target...] [PRIVATE_DEPENDS target...])
 # makes the library roost_NAME (alias roost::NAME) from a folder under src/.
 function(roost_add_layer name)

@@ -21,6 +21,8 @@ Result<std::shared_ptr<const TlsCredentials>> TlsCredentials::load(TlsOptions) {
 
 TlsChannel::~TlsChannel() = default;
 
+void TlsChannel::interrupt(AioContext&) { panic("a TLS session without TLS"); }
+
 Task<Result<std::unique_ptr<TlsChannel>>> TlsChannel::handshake(
     std::unique_ptr<Channel>, std::shared_ptr<const TlsCredentials>, std::string, std::stop_token) {
   co_return fail(ENOTSUP, "TLS (built without GnuTLS)");

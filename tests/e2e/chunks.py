@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 
-from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Skip, case, check, check_equal,
+from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Missing, Skip, case, check, check_equal,
                      pattern_file, run, sparse_file)
 from nbd_client import (CHUNK_DATA, CHUNK_NONE, CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLAG_DF,
                         CMD_FLAG_FUA, CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, CMD_READ,
@@ -402,7 +402,7 @@ def python_with_libnbd():
         if subprocess.run([python, "-c", "import nbd"], capture_output=True,
                           check=False).returncode == 0:
             return python
-    raise Skip("python3-libnbd is not installed")
+    raise Missing("python3-libnbd is not installed")
 
 
 @case(loops=EVENT_LOOPS, transports=TRANSPORTS, sanitized=True)

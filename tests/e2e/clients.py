@@ -7,7 +7,7 @@ import random
 import urllib.parse
 import xml.dom.minidom
 
-from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Skip, case, check, check_equal,
+from harness import (EVENT_LOOPS, KIB, MIB, TRANSPORTS, Missing, case, check, check_equal,
                      pattern_file, run, same_contents, sparse_file)
 from nbd_client import Client
 
@@ -247,7 +247,7 @@ def nbdsh_script(test):
 
 def fio(test, uri, *options, **how):
     if "nbd" not in run("fio", "--enghelp").stdout.split():
-        raise Skip("this fio has no nbd engine")
+        raise Missing("this fio has no nbd engine")
     # fio leaves files where it stands.
     how.setdefault("cwd", test.folder)
     return run("fio", "--name=e2e", "--ioengine=nbd", f"--uri={uri}", "--randrepeat=1",

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 
-from harness import (EVENT_LOOPS, MIB, PATIENCE_S, Skip, case, check, check_equal,
+from harness import (EVENT_LOOPS, MIB, PATIENCE_S, Missing, Skip, case, check, check_equal,
                      die_with_parent, private_mounts, sparse_file, wait_until)
 from nbd_client import (CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, EIO,
                         Client, Closed)
@@ -25,7 +25,7 @@ class VolatileDisk:
     def __init__(self, test, *options, contents=b""):
         program = os.path.join(test.tools, "volatile_disk")
         if not os.path.exists(program):
-            raise Skip("volatile_disk was not built (libfuse3-dev is missing)")
+            raise Missing("volatile_disk was not built (libfuse3-dev is missing)")
         if not os.access("/dev/fuse", os.W_OK):
             raise Skip("/dev/fuse cannot be used here")
         private_mounts()

@@ -31,6 +31,10 @@ class Skip(Exception):
     """This machine cannot run the case; the text says why."""
 
 
+class Missing(Skip):
+    """Something is not installed, or was not built. No reason to skip where nothing may be left out."""
+
+
 class Failure(Exception):
     """What was seen is not what was promised."""
 
@@ -132,7 +136,7 @@ def need_program(name):
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     found = shutil.which(name, path=path)
     if found is None:
-        raise Skip(f"{name} is not installed")
+        raise Missing(f"{name} is not installed")
     return found
 
 

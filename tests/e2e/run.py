@@ -7,6 +7,7 @@
 """
 
 import argparse
+import os
 import sys
 import traceback
 
@@ -70,6 +71,9 @@ def main():
     try:
         harness.CASES[args.case].function(test)
     except harness.Skip as why:
+        if isinstance(why, harness.Missing) and os.environ.get("ROOST_REQUIRE_PROOF") == "1":
+            print(f"not to be skipped: {why}")
+            return 1
         print(f"skipped: {why}")
         return SKIPPED
     except Exception as error:  # noqa: BLE001: everything is a failed test

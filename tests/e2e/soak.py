@@ -19,7 +19,7 @@ import time
 import clients
 import harness
 import tls
-from harness import (KIB, MIB, PATIENCE_S, Failure, Skip, case, check, check_equal,
+from harness import (KIB, MIB, PATIENCE_S, Failure, Missing, case, check, check_equal,
                      die_with_parent, need_program, pattern_file, same_contents, sparse_file)
 from nbd_client import (CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_WRITE, CMD_WRITE_ZEROES, EXTENDED,
                         OPT_GO, OPT_INFO, OPT_LIST, OPT_STARTTLS, REP_ACK, REQUEST_MAGIC, SIMPLE,
@@ -506,7 +506,7 @@ class Resident:
 class Soak:
     def __init__(self, test, kinds):
         if not os.path.exists(os.path.join(test.tools, "soak_server")):
-            raise Skip("soak_server was not built")
+            raise Missing("soak_server was not built")
         for program in ("nbdsh", "qemu-io", "fio", "nbdcopy", "certtool"):
             need_program(program)
         self.test = test

@@ -40,6 +40,8 @@ class Gdb:
         self.options = options
         answer = self.run(["-ex", "python print('there is ' + 'Python')"])
         if "there is Python" not in answer:
+            if os.environ.get("ROOST_REQUIRE_PROOF") == "1":
+                fail("this gdb has no Python")
             skip("this gdb has no Python")
 
     def run(self, arguments):

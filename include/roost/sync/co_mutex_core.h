@@ -48,12 +48,11 @@
 
 namespace roost {
 
-template <Platform P>
+/// `kPatience`: defeats of the oldest waiter before the lock is handed to it. A parameter for the
+/// sake of model checkers, which cannot wait so long.
+template <Platform P, std::uint64_t kPatience = 4>
 class CoMutexCore {
  public:
-  /// Defeats of the oldest waiter before the lock is handed to it.
-  static constexpr std::uint64_t kPatience = 4;
-
   static constexpr std::uint64_t kFlags = 7;
 
   struct Waiter : WaitNode<P> {
