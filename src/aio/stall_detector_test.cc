@@ -29,6 +29,14 @@ namespace {
 
 constexpr std::int64_t kThresholdNs = 100'000'000;
 
+// GCC 12's ThreadSanitizer keeps a signal that comes at certain moments of the thread that it is
+// for, and never delivers it, however often that thread calls poll() afterwards. Clang's does not.
+#if defined(__SANITIZE_THREAD__) && !defined(__clang__)
+#define ROOST_NEEDS_SIGNALS() GTEST_SKIP() << "signals to other threads get lost here"
+#else
+#define ROOST_NEEDS_SIGNALS() static_assert(true)
+#endif
+
 class Pipe {
  public:
   Pipe() {
@@ -127,6 +135,7 @@ Task<void> call_stall(Pipe& began, Pipe& release, unsigned& line) {
 }
 
 TEST_F(Stalls, ACoroutineThatBlocksItsThreadIsReportedOnceWithItsNameAndPlaces) {
+  ROOST_NEEDS_SIGNALS();
   IOThread thread(options("busy one"));
   unsigned line = 0;
   unsigned created = 0;
@@ -155,6 +164,7 @@ TEST_F(Stalls, ACoroutineThatBlocksItsThreadIsReportedOnceWithItsNameAndPlaces) 
 }
 
 TEST_F(Stalls, EachStallIsReported) {
+  ROOST_NEEDS_SIGNALS();
   IOThread thread(options("io"));
   for (std::uint64_t stalls = 1; stalls <= 3; ++stalls) {
     schedule_oneshot(thread.context(), [&] {
@@ -172,6 +182,7 @@ TEST_F(Stalls, EachStallIsReported) {
 }
 
 TEST_F(Stalls, ABlockedContextDoesNotHideAnotherOne) {
+  ROOST_NEEDS_SIGNALS();
   IOThread one(options("one"));
   IOThread two(options("two"));
   for (IOThread* thread : {&one, &two}) {
@@ -304,6 +315,7 @@ TEST_F(Stalls, AThreadMayEndWhileItsReportIsAskedFor) {
 }
 
 TEST(StallDetectorThread, LooksByItself) {
+  ROOST_NEEDS_SIGNALS();
   Pipe reports;
   StallDetector detector({.threshold_ns = 4'000'000, .fd = reports.to()});
   AioContextOptions options;
